@@ -1,0 +1,172 @@
+"""RMSProp on ONE array; everything else in this package lifts, stores or translates it.
+
+    s <- gamma s + (1 - gamma) |g|^2
+    u  = eta g / sqrt(s + eps)
+    x <- x - u
+
+    symbol  argument         meaning                                   unit
+    g                        gradient                                  loss / parameter
+    x                        parameter                                 parameter
+    s       (nu)             second moment of g; centered: variance    gradient squared
+    m       (mu)             mean of g, centered only                  gradient
+    b       (trace)          momentum buffer                           parameter, or 1 (*)
+    u                        step                                      parameter
+    eta     learning_rate    size of a step                            parameter
+    gamma   decay            weight of the past in s and m             1
+    eps     eps              keeps the root away from 0                gradient squared inside
+                                                                       the root, gradient outside
+    mu      momentum         weight of the past in b                   1
+    lam     weight_decay     pull towards 0                            gradient / parameter;
+                                                                       1 / parameter if decoupled
+
+    (*) 1 where the learning rate comes after the buffer.
+"""
+
+from collections.abc import Callable
+import functools
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from rmsprop_jax._storage import Slot, Storage
+
+
+class Variant(NamedTuple):
+    """Which RMSProp: the structure of the rule, fixed when it is traced."""
+
+    eps_in_sqrt: bool
+    nesterov: bool
+    lr_in_momentum: bool
+    decoupled_weight_decay: bool
+    cautious: bool
+    storage: Storage
+
+
+class Hyper(NamedTuple):
+    """The scalars, named like the arguments; None for a term that is not there."""
+
+    learning_rate: Any
+    decay: Any
+    eps: Any
+    momentum: Any
+    weight_decay: Any
+
+
+class Slots(NamedTuple):
+    """What is remembered of one array, named as in the state; None for what is not."""
+
+    nu: Slot
+    mu: Slot | None
+    trace: Slot | None
+
+
+@functools.partial(jax.jit, static_argnums=4)
+def step(
+    g: jax.Array, x: jax.Array | None, slots: Slots, hyper: Hyper, variant: Variant
+) -> tuple[jax.Array, Slots]:
+    """-u, in the shape and dtype of g, and the new slots; finite for every g that is not NaN.
+
+    Jitted at module level: an update outside jit costs one dispatch an array, and one inside
+    jit traces each shape once, however often the transformation is built anew.
+    """
+    with jax.disable_jit():  # the operators are jitted functions too: inlined, they trace faster
+        return _step(g, x, slots, hyper, variant)
+
+
+def _step(
+    g: jax.Array, x: jax.Array | None, slots: Slots, hyper: Hyper, variant: Variant
+) -> tuple[jax.Array, Slots]:
+    s, m, b = slots
+    storage = variant.storage
+    real = storage.dtype(s)
+    tiny, largest = jnp.finfo(real).tiny, float(jnp.finfo(real).max)
+    eta, gamma, eps, mu, lam = (h if h is None else h.astype(real) for h in hyper)
+
+    out_dtype = g.dtype
+    g = _widen(g, real)
+    pull = None if lam is None else lam * _widen(x, real)
+    if pull is not None and not variant.decoupled_weight_decay:
+        g = g + pull
+    # A quarter of the root: even the difference of two such numbers can be squared.
+    g = _clip(g, largest**0.5 / 4)
+
+    # Each slot is a sum of new terms, with the addition last: of anything else XLA:CPU keeps
+    # a copy, to compute the slot again inside the loop that uses it.
+    if m is None:
+        v, s = storage.accumulate(s, gamma, (1 - gamma) * _abs2(g))
+    else:
+        # E|g|^2 - |m|^2 as a sum of squares. As g - mean = gamma (g - m), the last term is
+        # gamma (1 - gamma) |g - m|^2; it vanishes with gamma, where the bound acts.
+        mean, m = storage.accumulate(m, gamma, (1 - gamma) * g)
+        ratio = (1 - gamma) / lax.max(gamma, jnp.finfo(real).eps)
+        v, s = storage.accumulate(s, gamma, ratio * _abs2(g - mean))
+
+    # The smallest normal number makes 0 / 0 equal 0, and the derivative finite.
+    root = jnp.sqrt(v + lax.max(eps, tiny)) if variant.eps_in_sqrt else jnp.sqrt(v + tiny) + eps
+    u = _by_parts(lambda part: part / root, g)
+    if variant.lr_in_momentum:
+        u = _clip(eta * u, largest / 2)
+    if b is not None:
+        r = u
+        u, b = storage.accumulate(b, mu, r, largest / 2)
+        if variant.nesterov:
+            u = _clip(r + mu * u, largest)
+        if variant.cautious:
+            u = _clip(u * _agreement(u, g), largest)
+    if not variant.lr_in_momentum:
+        u = _clip(eta * u, largest / 2)
+    if pull is not None and variant.decoupled_weight_decay:
+        u = u + _clip(eta * pull, largest / 2)
+    return _narrow(-u, out_dtype), Slots(s, m, b)
+
+
+@jax.jit
+def correct_bias(hyper: Hyper, weight_sum: jax.Array) -> tuple[Hyper, jax.Array]:
+    """The scalars of the step that keeps s (and m) divided by the sum w of the weights in it.
+
+        w <- gamma w + (1 - gamma),  gamma_hat = 1 - (1 - gamma) / w
+
+    Exact under a scheduled decay, where dividing by 1 - gamma^t is not. As long as w = 0 there
+    is nothing to divide, and the learning rate is 0.
+    """
+    gamma = hyper.decay.astype(weight_sum.dtype)
+    w = gamma * weight_sum + (1 - gamma)
+    gamma_hat = 1 - (1 - gamma) / lax.max(w, jnp.finfo(w.dtype).tiny)
+    eta = jnp.where(w > 0, hyper.learning_rate, 0)
+    return hyper._replace(learning_rate=eta, decay=gamma_hat), w
+
+
+def _agreement(u: jax.Array, g: jax.Array) -> jax.Array:
+    """Keeps the coordinates in which the step u descends, scaled up by how few they are."""
+    if jnp.iscomplexobj(g):
+        descends = (jnp.sign(u) * jnp.conj(jnp.sign(g))).real > 0
+    else:
+        descends = jnp.sign(u) * jnp.sign(g) > 0
+    mask = descends.astype(jnp.finfo(u.dtype).dtype)
+    return mask / lax.max(jnp.sum(mask) / max(mask.size, 1), 1e-3)
+
+
+def _abs2(z: jax.Array) -> jax.Array:
+    return lax.square(z.real) + lax.square(z.imag) if jnp.iscomplexobj(z) else lax.square(z)
+
+
+def _clip(z: jax.Array, bound: float) -> jax.Array:
+    """z with its real and imaginary parts within [-bound, bound]; NaN stays NaN."""
+    return _by_parts(lambda part: lax.clamp(-bound, part, bound), z)
+
+
+def _by_parts(f: Callable[[jax.Array], jax.Array], z: jax.Array) -> jax.Array:
+    return lax.complex(f(z.real), f(z.imag)) if jnp.iscomplexobj(z) else f(z)
+
+
+def _widen(z: Any, real: jnp.dtype) -> jax.Array:
+    """z in the precision of the arithmetic, real or complex as it was."""
+    return z.astype(jnp.result_type(real, jnp.complex64) if jnp.iscomplexobj(z) else real)
+
+
+def _narrow(z: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """z as dtype; what is beyond its range becomes its largest number."""
+    largest = float(jnp.finfo(dtype).max)
+    return (z if largest >= jnp.finfo(z.dtype).max else _clip(z, largest)).astype(dtype)

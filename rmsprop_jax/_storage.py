@@ -1,0 +1,56 @@
+"""How one slot of one leaf is held, and how it advances.
+
+The equations ask three things of a storage and do not know what its slots are made of.
+"""
+
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+from jax import lax
+from jax.experimental.shard_alike import shard_alike
+import jax.numpy as jnp
+
+Slot = Any  # an array; a storage of few bits may need more than one
+
+
+@runtime_checkable
+class Storage(Protocol):
+    """Hashable, as a static argument must be; not callable, since callables are schedules."""
+
+    def init(self, param: jax.Array, value: Any, *, signed: bool) -> Slot:
+        """A slot full of value, placed like param; complex if signed and param is."""
+
+    def dtype(self, slot: Slot) -> jnp.dtype:
+        """The dtype of the arithmetic on a slot that is not complex: float32 or float64."""
+
+    def accumulate(
+        self, slot: Slot, decay: jax.Array, term: jax.Array, bound: float | None = None
+    ) -> tuple[jax.Array, Slot]:
+        """decay * slot + term, the product kept within a bound, as an array and as a slot."""
+
+
+class Float32:
+    """One array a slot: float32, or float64 for a float64 parameter."""
+
+    def init(self, param: jax.Array, value: Any, *, signed: bool) -> jax.Array:
+        dtype = jnp.float64 if jnp.finfo(jnp.result_type(param)).bits > 32 else jnp.float32
+        if signed and jnp.iscomplexobj(param):
+            dtype = jnp.result_type(dtype, jnp.complex64)
+        slot = jnp.full_like(param, value, dtype=dtype)
+        # Traced, a constant depends on no parameter and is placed anywhere; this ties the two.
+        return shard_alike(param, slot)[1] if isinstance(param, jax.core.Tracer) else slot
+
+    def dtype(self, slot: jax.Array) -> jnp.dtype:
+        return slot.dtype
+
+    def accumulate(
+        self, slot: jax.Array, decay: jax.Array, term: jax.Array, bound: float | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        past = decay * slot
+        if bound is not None:
+            past = lax.clamp(-bound, past, bound)
+        slot = past + term
+        return slot, slot
+
+
+FLOAT32 = Float32()
