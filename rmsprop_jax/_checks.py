@@ -67,15 +67,15 @@ def instance(name: str, value: Any, protocol: type) -> Any:
     return value
 
 
-def fields(state: Any, kind: type, in_use: dict[str, bool]) -> None:
-    """Refuses a state that is not of a kind, or whose fields in use are others."""
-    if not isinstance(state, kind):
-        raise TypeError(f"state must be a {kind.__name__}, got {type(state).__name__}")
+def state(value: Any, kind: type, in_use: dict[str, bool]) -> None:
+    """Refuses what is not a state of a kind, or one whose fields in use are others."""
+    if not isinstance(value, kind):
+        raise TypeError(f"state must be a {kind.__name__}, got {type(value).__name__}")
     for field, used in in_use.items():
-        if (getattr(state, field) is not None) != used:
+        if (getattr(value, field) is not None) != used and value.nu is not None:
             raise ValueError(
-                f"state.{field} must {'not ' if used else ''}be None here: the state was made "
-                "by a transformation with other arguments"
+                f"state.{field} must {'not ' if used else ''}be None: this state was made by a "
+                "transformation with other arguments"
             )
 
 

@@ -22,7 +22,6 @@
     (*) 1 where the learning rate comes after the buffer.
 """
 
-from collections.abc import Callable
 import functools
 from typing import Any, NamedTuple
 
@@ -30,6 +29,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from rmsprop_jax._arrays import abs2, by_parts, clip, narrow, widen
 from rmsprop_jax._storage import Slot, Storage
 
 
@@ -85,41 +85,41 @@ def _step(
     eta, gamma, eps, mu, lam = (h if h is None else h.astype(real) for h in hyper)
 
     out_dtype = g.dtype
-    g = _widen(g, real)
-    pull = None if lam is None else lam * _widen(x, real)
+    g = widen(g, real)
+    pull = None if lam is None else lam * widen(x, real)
     if pull is not None and not variant.decoupled_weight_decay:
         g = g + pull
     # A quarter of the root: even the difference of two such numbers can be squared.
-    g = _clip(g, largest**0.5 / 4)
+    g = clip(g, largest**0.5 / 4)
 
     # Each slot is a sum of new terms, with the addition last: of anything else XLA:CPU keeps
     # a copy, to compute the slot again inside the loop that uses it.
     if m is None:
-        v, s = storage.accumulate(s, gamma, (1 - gamma) * _abs2(g))
+        v, s = storage.accumulate(s, gamma, (1 - gamma) * abs2(g))
     else:
         # E|g|^2 - |m|^2 as a sum of squares. As g - mean = gamma (g - m), the last term is
         # gamma (1 - gamma) |g - m|^2; it vanishes with gamma, where the bound acts.
         mean, m = storage.accumulate(m, gamma, (1 - gamma) * g)
         ratio = (1 - gamma) / lax.max(gamma, jnp.finfo(real).eps)
-        v, s = storage.accumulate(s, gamma, ratio * _abs2(g - mean))
+        v, s = storage.accumulate(s, gamma, ratio * abs2(g - mean))
 
     # The smallest normal number makes 0 / 0 equal 0, and the derivative finite.
     root = jnp.sqrt(v + lax.max(eps, tiny)) if variant.eps_in_sqrt else jnp.sqrt(v + tiny) + eps
-    u = _by_parts(lambda part: part / root, g)
+    u = by_parts(lambda part: part / root, g)
     if variant.lr_in_momentum:
-        u = _clip(eta * u, largest / 2)
+        u = clip(eta * u, largest / 2)
     if b is not None:
         r = u
         u, b = storage.accumulate(b, mu, r, largest / 2)
         if variant.nesterov:
-            u = _clip(r + mu * u, largest)
+            u = clip(r + mu * u, largest)
         if variant.cautious:
-            u = _clip(u * _agreement(u, g), largest)
+            u = clip(u * _agreement(u, g), largest)
     if not variant.lr_in_momentum:
-        u = _clip(eta * u, largest / 2)
+        u = clip(eta * u, largest / 2)
     if pull is not None and variant.decoupled_weight_decay:
-        u = u + _clip(eta * pull, largest / 2)
-    return _narrow(-u, out_dtype), Slots(s, m, b)
+        u = u + clip(eta * pull, largest / 2)
+    return narrow(-u, out_dtype), Slots(s, m, b)
 
 
 @jax.jit
@@ -145,28 +145,4 @@ def _agreement(u: jax.Array, g: jax.Array) -> jax.Array:
     else:
         descends = jnp.sign(u) * jnp.sign(g) > 0
     mask = descends.astype(jnp.finfo(u.dtype).dtype)
-    return mask / lax.max(jnp.sum(mask) / max(mask.size, 1), 1e-3)
-
-
-def _abs2(z: jax.Array) -> jax.Array:
-    return lax.square(z.real) + lax.square(z.imag) if jnp.iscomplexobj(z) else lax.square(z)
-
-
-def _clip(z: jax.Array, bound: float) -> jax.Array:
-    """z with its real and imaginary parts within [-bound, bound]; NaN stays NaN."""
-    return _by_parts(lambda part: lax.clamp(-bound, part, bound), z)
-
-
-def _by_parts(f: Callable[[jax.Array], jax.Array], z: jax.Array) -> jax.Array:
-    return lax.complex(f(z.real), f(z.imag)) if jnp.iscomplexobj(z) else f(z)
-
-
-def _widen(z: Any, real: jnp.dtype) -> jax.Array:
-    """z in the precision of the arithmetic, real or complex as it was."""
-    return z.astype(jnp.result_type(real, jnp.complex64) if jnp.iscomplexobj(z) else real)
-
-
-def _narrow(z: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """z as dtype; what is beyond its range becomes its largest number."""
-    largest = float(jnp.finfo(dtype).max)
-    return (z if largest >= jnp.finfo(z.dtype).max else _clip(z, largest)).astype(dtype)
+    return mask / jnp.maximum(jnp.sum(mask) / max(mask.size, 1), 1e-3)

@@ -57,14 +57,12 @@ def rmsprop(
     storage: Storage | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """RMSProp, in every form that a framework or paper gives it."""
+    hyper = _equations.Hyper(learning_rate, decay, eps, momentum, weight_decay)
     hyper = _equations.Hyper(
-        learning_rate=_checks.number("learning_rate", learning_rate),
-        decay=_checks.number("decay", decay, 0, 1),
-        eps=_checks.number("eps", eps, 0),
-        momentum=None if momentum is None else _checks.number("momentum", momentum, 0),
-        weight_decay=(
-            None if weight_decay is None else _checks.number("weight_decay", weight_decay, 0)
-        ),
+        *(
+            None if h is None and name in _OPTIONAL else _checked(name, h)
+            for name, h in hyper._asdict().items()
+        )
     )
     initial_scale = _checks.number("initial_scale", initial_scale, 0, schedule=False)
     centered = _checks.flag("centered", centered)
@@ -115,11 +113,8 @@ def rmsprop(
         **extra_args: Any,
     ) -> tuple[optax.Updates, RMSPropState]:
         del extra_args
-        _checks.fields(
-            state,
-            RMSPropState,
-            {"mu": centered, "trace": momentum is not None, "weight_sum": bias_correction},
-        )
+        in_use = {"mu": centered, "trace": momentum is not None, "weight_sum": bias_correction}
+        _checks.state(state, RMSPropState, in_use)
         if weight_decay is None:
             params = None
         elif params is None:
@@ -136,7 +131,7 @@ def rmsprop(
         # A schedule may mix dtypes as it likes, whatever the user asks of his own code.
         with jax.numpy_dtype_promotion("standard"):
             scalars = _equations.Hyper(
-                *(_at(state.count, *item) for item in hyper._asdict().items())
+                *(_at(state.count, name, h) for name, h in hyper._asdict().items())
             )
             weight_sum = state.weight_sum
             if weight_sum is not None:
@@ -188,10 +183,16 @@ def scale_by_rms(
 
 
 _increment = jax.jit(optax.safe_increment)
+_BOUNDS = {"decay": (0, 1), "eps": (0,), "momentum": (0,), "weight_decay": (0,)}
+_OPTIONAL = ("momentum", "weight_decay")
+
+
+def _checked(name: str, value: Any, *, schedule: bool = True) -> Any:
+    return _checks.number(name, value, *_BOUNDS.get(name, ()), schedule=schedule)
 
 
 def _at(count: jax.Array, name: str, value: Any) -> jax.Array | None:
-    """A hyperparameter at a step, as an array."""
+    """A hyperparameter in the step after count others, as an array."""
     if callable(value):
-        value = _checks.number(name, value(count), schedule=False)
+        value = _checked(name, value(count), schedule=False)
     return jnp.asarray(value, float) if isinstance(value, float) else value

@@ -6,9 +6,9 @@ The equations ask three things of a storage and do not know what its slots are m
 from typing import Any, Protocol, runtime_checkable
 
 import jax
-from jax import lax
-from jax.experimental.shard_alike import shard_alike
 import jax.numpy as jnp
+
+from rmsprop_jax._arrays import clip
 
 Slot = Any  # an array; a storage of few bits may need more than one
 
@@ -37,8 +37,11 @@ class Float32:
         if signed and jnp.iscomplexobj(param):
             dtype = jnp.result_type(dtype, jnp.complex64)
         slot = jnp.full_like(param, value, dtype=dtype)
-        # Traced, a constant depends on no parameter and is placed anywhere; this ties the two.
-        return shard_alike(param, slot)[1] if isinstance(param, jax.core.Tracer) else slot
+        if isinstance(param, jax.core.Tracer):
+            # A traced constant depends on no parameter and could be placed anywhere. This one
+            # depends on param, but not on its values: nothing, not even NaN, is below itself.
+            slot = jnp.where(param.real < param.real, 0, slot)
+        return slot
 
     def dtype(self, slot: jax.Array) -> jnp.dtype:
         return slot.dtype
@@ -48,7 +51,7 @@ class Float32:
     ) -> tuple[jax.Array, jax.Array]:
         past = decay * slot
         if bound is not None:
-            past = lax.clamp(-bound, past, bound)
+            past = clip(past, bound)
         slot = past + term
         return slot, slot
 

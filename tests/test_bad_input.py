@@ -1,0 +1,180 @@
+"""Every wrong argument, and the words with which it is refused."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from rmsprop_jax import rmsprop, scale_by_rms
+
+INF, NAN = float("inf"), float("nan")
+
+ARGUMENTS = [
+    ({"learning_rate": NAN}, ValueError, "learning_rate must be finite in float32, got nan"),
+    ({"learning_rate": INF}, ValueError, "learning_rate must be finite in float32, got inf"),
+    ({"learning_rate": 1e39}, ValueError, "learning_rate must be finite in float32"),
+    ({"learning_rate": None}, TypeError, "learning_rate must be a number, a scalar array or"),
+    ({"learning_rate": "1e-3"}, TypeError, "learning_rate must be a number.*got '1e-3'"),
+    ({"learning_rate": True}, TypeError, "learning_rate must be a number.*got True"),
+    ({"learning_rate": 1j}, TypeError, "learning_rate must be a number"),
+    ({"learning_rate": jnp.complex64(1)}, TypeError, "learning_rate must be a real number"),
+    ({"learning_rate": np.ones(3)}, ValueError, r"learning_rate must be a scalar.*\(3,\)"),
+    ({"learning_rate": jnp.ones((1,))}, ValueError, r"learning_rate must be a scalar.*\(1,\)"),
+    ({"decay": 1.5}, ValueError, "decay must be >= 0 and <= 1, got 1.5"),
+    ({"decay": -0.1}, ValueError, "decay must be >= 0 and <= 1, got -0.1"),
+    ({"decay": np.float32(2)}, ValueError, "decay must be >= 0 and <= 1, got 2.0"),
+    ({"decay": "x"}, TypeError, "decay must be a number.*got 'x'"),
+    ({"decay": None}, TypeError, "decay must be a number.*got None"),
+    ({"eps": -1}, ValueError, "eps must be >= 0 and finite in float32, got -1"),
+    ({"eps": NAN}, ValueError, "eps must be >= 0 and finite in float32, got nan"),
+    ({"momentum": -0.9}, ValueError, "momentum must be >= 0 and finite in float32, got -0.9"),
+    ({"momentum": False}, TypeError, "momentum must be a number.*got False"),
+    ({"weight_decay": -1e-4}, ValueError, "weight_decay must be >= 0 .*got -0.0001"),
+    ({"initial_scale": -1.0}, ValueError, "initial_scale must be >= 0 .*got -1.0"),
+    ({"initial_scale": True}, TypeError, "initial_scale must be a number or scalar array"),
+    ({"initial_scale": lambda c: 1.0}, TypeError, "initial_scale must be a number or scalar"),
+    ({"eps_in_sqrt": None}, TypeError, "eps_in_sqrt must be True or False, got None"),
+    ({"centered": 1}, TypeError, "centered must be True or False, got 1"),
+    ({"nesterov": 0.9}, TypeError, "nesterov must be True or False, got 0.9"),
+    ({"bias_correction": "no"}, TypeError, "bias_correction must be True or False"),
+    ({"lr_in_momentum": 0}, TypeError, "lr_in_momentum must be True or False, got 0"),
+    ({"cautious": jnp.bool_(True)}, TypeError, "cautious must be True or False"),
+    ({"storage": "q8"}, TypeError, "storage must be a Storage, got 'q8'"),
+    ({"storage": jnp.bfloat16}, TypeError, "storage must be a Storage"),
+    ({"nesterov": True}, ValueError, "nesterov=True needs momentum"),
+    ({"cautious": True}, ValueError, "cautious=True needs momentum"),
+    ({"decoupled_weight_decay": True}, ValueError, "decoupled_weight_decay=True needs weight_decay"),
+    ({"bias_correction": True, "initial_scale": 1.0}, ValueError, "initial_scale must be 0, got 1"),
+    ({"bias_correction": True, "decay": 1}, ValueError, "bias_correction=True needs decay < 1"),
+]
+
+
+@pytest.mark.parametrize(("kwargs", "error", "message"), ARGUMENTS)
+def test_arguments(kwargs, error, message):
+    with pytest.raises(error, match=message):
+        rmsprop(**{"learning_rate": 0.1} | kwargs)
+
+
+def test_arguments_of_scale_by_rms():
+    with pytest.raises(ValueError, match="decay must be >= 0 and <= 1, got 2"):
+        scale_by_rms(decay=2)
+
+
+@pytest.mark.parametrize("value", [0, 1, 0.5, np.float32(0.5), np.int64(1), np.asarray(0.5)])
+def test_numbers_of_every_kind_are_numbers(value):
+    rmsprop(value, value, value, value, momentum=value, weight_decay=value)
+
+
+def test_schedules_are_checked_when_they_speak():
+    g = jnp.ones(2)
+    for schedule, error, message in (
+        (lambda count: 2.0, ValueError, "decay must be >= 0 and <= 1, got 2.0"),
+        (lambda count: "x", TypeError, "decay must be a number or scalar array, got 'x'"),
+        (lambda count: jnp.ones(3), ValueError, r"decay must be a scalar.*\(3,\)"),
+        (lambda count: lambda: 1, TypeError, "decay must be a number or scalar array"),
+        (lambda count: None, TypeError, "decay must be a number or scalar array, got None"),
+    ):
+        tx = rmsprop(0.1, decay=schedule)
+        state = tx.init(g)
+        for update in (tx.update, jax.jit(tx.update)):
+            with pytest.raises(error, match=message):
+                update(g, state)
+
+
+@pytest.mark.parametrize(
+    "leaf",
+    [jnp.ones(2, jnp.int32), jnp.ones(2, bool), 3, jax.random.key(0), "weights", np.ones(2, object)],
+    ids=["int32", "bool", "int", "key", "str", "object"],
+)
+def test_parameters_must_be_floating(leaf):
+    tx = rmsprop(0.1)
+    with pytest.raises(TypeError, match="parameter 'layer/w' must be floating or complex, got"):
+        tx.init({"layer": {"w": leaf, "b": jnp.ones(2)}})
+
+
+STATE = {"layer": {"w": jnp.ones((1, 3)), "b": jnp.ones(2)}}
+GRADIENTS = [
+    ({"w": jnp.ones((3, 1))}, r"layer/w.*float32\[3, 1\].*float32\[1, 3\]"),
+    ({"w": jnp.ones(())}, r"layer/w.*float32\[\].*float32\[1, 3\]"),
+    ({"w": 1.0}, r"layer/w.*1.0 of type float.*float32\[1, 3\]"),
+    ({"w": jnp.ones((1, 3), jnp.int32)}, r"layer/w.*int32\[1, 3\].*float32\[1, 3\]"),
+    ({"w": np.zeros((1, 3), jax.dtypes.float0)}, r"layer/w.*float0.*float32\[1, 3\]"),
+    ({"w": "gradient"}, r"layer/w.*'gradient' of type str.*float32\[1, 3\]"),
+    ({"w": {"kernel": jnp.ones((1, 3))}}, r"missing \['layer/w'\], unexpected \['layer/w/kernel'\]"),
+    ({"c": jnp.ones(2)}, r"missing \[\], unexpected \['layer/c'\]"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), GRADIENTS, ids=[m for _, m in GRADIENTS])
+@pytest.mark.parametrize("form", [{}, {"centered": True, "momentum": 0.9}], ids=str)
+def test_gradients_must_fit_the_state(change, message, form):
+    tx = rmsprop(0.1, **form)
+    state = tx.init(STATE)
+    grads = {"layer": STATE["layer"] | change}
+    with pytest.raises(AssertionError, match=f"(?s){message}"):
+        tx.update(grads, state)
+    if not isinstance(grads["layer"]["w"], str) and getattr(
+        grads["layer"]["w"], "dtype", None
+    ) != jax.dtypes.float0:
+        with pytest.raises(AssertionError, match=f"(?s){message.replace('1.0 of type float', '')}"):
+            jax.jit(tx.update)(grads, state)
+
+
+def test_a_gradient_must_have_a_state():
+    tx = rmsprop(0.1)
+    state = tx.init({"a": jnp.ones(2), "b": None})
+    with pytest.raises(AssertionError, match="(?s)tree 0.*'b': \\*.*tree 1.*'b': None"):
+        tx.update({"a": jnp.ones(2), "b": jnp.ones(2)}, state)
+
+
+def test_gradients_must_be_complex_where_the_parameters_are():
+    real, complex_ = jnp.ones(2), jnp.ones(2, jnp.complex64)
+    tx = rmsprop(0.1, momentum=0.9)
+    for params, grads in ((real, complex_), (complex_, real)):
+        with pytest.raises(AssertionError, match=f"gradient {grads.dtype}.*trace {params.dtype}"):
+            tx.update(grads, tx.init(params))
+    tx = rmsprop(0.1, weight_decay=0.1)
+    with pytest.raises(AssertionError, match=r"gradient complex64\[2\], params float32\[2\]"):
+        tx.update(complex_, tx.init(real), real)
+
+
+def test_weight_decay_needs_parameters_that_fit():
+    for decoupled in (False, True):
+        tx = rmsprop(0.1, weight_decay=0.1, decoupled_weight_decay=decoupled)
+        state = tx.init(STATE)
+        with pytest.raises(ValueError, match=r"weight_decay needs the parameters: call update\("):
+            tx.update(STATE, state)
+        with pytest.raises(AssertionError, match=r"params"):
+            tx.update(STATE, state, {"layer": {"w": jnp.ones((1, 3))}})
+        with pytest.raises(AssertionError, match=r"layer/b.*float32\[2\], params float32\[1\]"):
+            tx.update(STATE, state, {"layer": {"w": jnp.ones((1, 3)), "b": jnp.ones(1)}})
+
+
+def test_states_of_other_transformations():
+    g = jnp.ones(2)
+    with pytest.raises(TypeError, match="state must be a RMSPropState, got tuple"):
+        rmsprop(0.1).update(g, optax.rmsprop(0.1).init(g))
+    for other, field in (
+        ({"centered": True}, "mu must be None"),
+        ({"momentum": 0.9}, "trace must be None"),
+        ({"bias_correction": True}, "weight_sum must be None"),
+    ):
+        with pytest.raises(ValueError, match=f"state.{field}"):
+            rmsprop(0.1).update(g, rmsprop(0.1, **other).init(g))
+        with pytest.raises(ValueError, match=f"state.{field.replace('must', 'must not')}"):
+            rmsprop(0.1, **other).update(g, rmsprop(0.1).init(g))
+
+
+def test_nothing_is_refused_when_chex_is_told_so():
+    """chex.disable_asserts is the user's choice; a misfit then shows up in JAX itself."""
+    import chex
+
+    tx = rmsprop(0.1)
+    state = tx.init(jnp.ones((2, 3)))
+    chex.disable_asserts()
+    try:
+        with pytest.raises(TypeError):
+            tx.update(jnp.ones((4, 5)), state)
+    finally:
+        chex.enable_asserts()

@@ -1,0 +1,208 @@
+"""A hyperparameter is a number, an array or a schedule: the same bits, no new compilation."""
+
+from helpers import gradients
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from rmsprop_jax import rmsprop, scale_by_rms
+
+VALUES = {
+    "learning_rate": 0.013,
+    "decay": 0.93,
+    "eps": 1e-6,
+    "momentum": 0.87,
+    "weight_decay": 0.02,
+}
+FORMS = [
+    {},
+    {"eps_in_sqrt": False},
+    {"centered": True},
+    {"nesterov": True},
+    {"lr_in_momentum": False},
+    {"bias_correction": True},
+    {"bias_correction": True, "centered": True},
+    {"decoupled_weight_decay": True},
+    {"cautious": True},
+]
+
+
+def trajectory(make, arrays, grads, jit):
+    """Updates and final state of a transformation that is built anew in every step."""
+
+    def update(g, state, x, arrays):
+        return make(arrays).update(g, state, x)
+
+    update = jax.jit(update) if jit else update
+    x = jnp.ones_like(grads[0])
+    state = make(arrays).init(x)
+    updates = []
+    for g in grads:
+        u, state = update(g, state, x, arrays)
+        updates.append(np.asarray(u))
+    return updates, jax.tree.map(np.asarray, state)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "float16", "float64"])
+def test_three_ways_and_two_modes_give_the_same_bits(form, dtype):
+    with jax.enable_x64(dtype == "float64"):
+        grads = [jnp.asarray(g, dtype) for g in gradients(12, low=-3, high=2)]
+        precise = jnp.float64 if dtype == "float64" else jnp.float32
+        arrays = {name: jnp.asarray(value, precise) for name, value in VALUES.items()}
+        ways = {
+            "number": lambda _: rmsprop(**VALUES, **form),
+            "array": lambda arrays: rmsprop(**arrays, **form),
+            "schedule of numbers": lambda _: rmsprop(
+                **{name: lambda count, v=v: v for name, v in VALUES.items()}, **form
+            ),
+            "schedule of arrays": lambda _: rmsprop(
+                **{n: lambda count, v=v: jnp.asarray(v, precise) for n, v in VALUES.items()},
+                **form,
+            ),
+        }
+        want = trajectory(ways["number"], arrays, grads, jit=False)
+        for make in ways.values():
+            for jit in (False, True):
+                jax.tree.map(
+                    np.testing.assert_array_equal, trajectory(make, arrays, grads, jit), want
+                )
+
+
+def test_new_values_compile_nothing_anew():
+    traces = []
+
+    @jax.jit
+    def update(g, state, hyper):
+        traces.append(1)
+        return rmsprop(**hyper).update(g, state, g)
+
+    g = jnp.ones(3)
+    hyper = {name: jnp.float32(value) for name, value in VALUES.items()}
+    state = rmsprop(**hyper).init(g)
+    for factor in (1.0, 0.5, 0.0):
+        _, state = update(g, state, {name: factor * value for name, value in hyper.items()})
+    assert len(traces) == 1
+
+
+def test_an_eager_update_compiles_each_shape_once_however_often_it_is_built():
+    from rmsprop_jax import _equations
+
+    tree = {"a": jnp.ones((3, 5)), "b": jnp.ones((3, 5)), "c": jnp.ones(11)}
+    state = rmsprop(0.1).init(tree)
+    rmsprop(0.1).update(tree, state)
+    before = _equations.step._cache_size()
+    for learning_rate in (0.2, 0.3, jnp.float32(0.4)):
+        rmsprop(learning_rate).update(tree, state)
+    assert _equations.step._cache_size() == before
+
+
+def test_vmap_over_a_population():
+    """One compiled program trains many hyperparameters at once, each as if alone."""
+    grads = jnp.asarray(np.stack(gradients(5, (7,), dtype=np.float32, low=-2, high=1)))
+    population = {
+        "learning_rate": jnp.asarray([0.1, 0.01, 1.0]),
+        "decay": jnp.asarray([0.9, 0.0, 0.99]),
+        "eps": jnp.asarray([1e-8, 1e-2, 1.0]),
+        "momentum": jnp.asarray([0.9, 0.5, 0.0]),
+        "weight_decay": jnp.asarray([0.0, 0.1, 0.01]),
+    }
+
+    @jax.jit
+    def train(hyper):
+        tx = rmsprop(**hyper, centered=True)
+        x = jnp.ones(7)
+
+        def step(carry, g):
+            x, state = carry
+            u, state = tx.update(g, state, x)
+            return (optax.apply_updates(x, u), state), u
+
+        return jax.lax.scan(step, (x, tx.init(x)), grads)[1]
+
+    together = jax.vmap(train)(population)
+    for i in range(3):
+        alone = train({name: values[i] for name, values in population.items()})
+        np.testing.assert_allclose(together[i], alone, rtol=2e-6, atol=1e-9)
+    assert train._cache_size() == 1
+
+
+def test_schedules_see_the_count_of_earlier_steps():
+    seen = []
+    tx = rmsprop(lambda count: seen.append(int(count)) or 0.1)
+    state = tx.init(jnp.ones(2))
+    for _ in range(3):
+        _, state = tx.update(jnp.ones(2), state)
+    assert seen == [0, 1, 2]
+    assert int(state.count) == 3
+
+
+def test_the_count_stops_at_its_largest_value():
+    tx = rmsprop(0.1)
+    state = tx.init(jnp.ones(2))._replace(count=jnp.int32(2**31 - 1))
+    _, state = tx.update(jnp.ones(2), state)
+    assert int(state.count) == 2**31 - 1
+
+
+def test_bias_correction_is_exact_under_a_scheduled_decay():
+    """Constant gradients have the root mean square |g|, whatever the weights."""
+    tx = rmsprop(
+        1.0, decay=lambda count: 1 - 0.5 / (1 + count), eps=0.0, bias_correction=True
+    )
+    state = tx.init(jnp.zeros(2))
+    for _ in range(20):
+        updates, state = tx.update(jnp.asarray([4.0, -0.25]), state)
+        np.testing.assert_allclose(updates, [-1, 1], rtol=1e-6)
+
+
+def test_bias_correction_moves_nothing_while_the_decay_is_one():
+    tx = rmsprop(0.1, decay=jnp.float32(1.0), bias_correction=True)
+    state = tx.init(jnp.ones(3))
+    for _ in range(3):
+        updates, state = tx.update(jnp.ones(3), state)
+        np.testing.assert_array_equal(updates, 0)
+
+
+def test_a_float64_number_leaves_float32_updates_alone():
+    with jax.enable_x64(True):
+        tx = rmsprop(np.float64(0.1), decay=np.float64(0.9))
+        g = jnp.ones(3, jnp.float32)
+        updates, state = tx.update(g, tx.init(g))
+        assert updates.dtype == state.nu.dtype == jnp.float32
+
+
+def test_an_injected_decay_keeps_its_precision_beside_bfloat16():
+    """optax injects in the parameters' dtype, where .999 is 1; hyperparam_dtype says otherwise."""
+    g = jnp.ones(3, jnp.bfloat16)
+    make = optax.inject_hyperparams(rmsprop, hyperparam_dtype=jnp.float32)
+    tx = make(learning_rate=0.1, decay=0.999)
+    state = tx.init(g)
+    for _ in range(5000):
+        _, state = tx.update(g, state)
+    np.testing.assert_allclose(state.inner_state.nu, 1 - 0.999**5000, rtol=1e-4)
+
+
+def test_all_hyperparameters_can_be_injected():
+    make = optax.inject_hyperparams(rmsprop)
+    tx = make(**VALUES, initial_scale=0.5)
+    g = jnp.asarray([1.0, -2.0])
+    state = tx.init(g)
+    assert set(state.hyperparams) == {*VALUES, "initial_scale"}
+    plain = rmsprop(**VALUES, initial_scale=0.5)
+    want, _ = plain.update(g, plain.init(g), g)
+    for update in (tx.update, jax.jit(tx.update)):
+        np.testing.assert_array_equal(update(g, state, g)[0], want)
+    state.hyperparams["learning_rate"] = jnp.float32(2 * VALUES["learning_rate"])
+    twice, _ = rmsprop(**VALUES | {"learning_rate": 2 * VALUES["learning_rate"]}, initial_scale=0.5).update(
+        g, plain.init(g), g
+    )
+    np.testing.assert_array_equal(tx.update(g, state, g)[0], twice)
+
+
+def test_scale_by_rms_takes_schedules_too():
+    tx = scale_by_rms(decay=optax.linear_schedule(0.5, 0.9, 10), eps=lambda count: 1e-3)
+    g = jnp.ones(2)
+    updates, _ = tx.update(g, tx.init(g))
+    np.testing.assert_allclose(updates, 1 / np.sqrt(0.5 + 1e-3), rtol=1e-6)
