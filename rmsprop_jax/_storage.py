@@ -33,9 +33,10 @@ class Float32:
     """One array a slot: float32, or float64 for a float64 parameter."""
 
     def init(self, param: jax.Array, value: Any, *, signed: bool) -> jax.Array:
-        dtype = jnp.float64 if jnp.finfo(jnp.result_type(param)).bits > 32 else jnp.float32
+        wide = jnp.finfo(jnp.result_type(param)).bits > 32
+        dtype = jnp.float64 if wide else jnp.float32
         if signed and jnp.iscomplexobj(param):
-            dtype = jnp.result_type(dtype, jnp.complex64)
+            dtype = jnp.complex128 if wide else jnp.complex64
         slot = jnp.full_like(param, value, dtype=dtype)
         if isinstance(param, jax.core.Tracer):
             # A traced constant depends on no parameter and could be placed anywhere. This one
