@@ -14,22 +14,22 @@ def abs2(z: jax.Array) -> jax.Array:
 
 
 def clip(z: jax.Array, bound: float) -> jax.Array:
-    """z with its real and imaginary parts within [-bound, bound]; NaN stays NaN."""
+    """Z with its real and imaginary parts within [-bound, bound]; NaN stays NaN."""
     number = jnp.finfo(z.dtype).dtype.type
     return by_parts(lambda part: lax.clamp(number(-bound), part, number(bound)), z)
 
 
 def by_parts(f: Callable[[jax.Array], jax.Array], z: jax.Array) -> jax.Array:
-    """f of a real array, or of the real and the imaginary part of a complex one."""
+    """F of a real array, or of the real and the imaginary part of a complex one."""
     return lax.complex(f(z.real), f(z.imag)) if jnp.iscomplexobj(z) else f(z)
 
 
 def widen(z: Any, real: jnp.dtype) -> jax.Array:
-    """z in the precision of the arithmetic, real or complex as it was."""
+    """Z in the precision of the arithmetic, real or complex as it was."""
     return z.astype(jnp.result_type(real, jnp.complex64) if jnp.iscomplexobj(z) else real)
 
 
 def narrow(z: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """z as dtype; what is beyond its range becomes its largest number."""
+    """Z as dtype; what is beyond its range becomes its largest number."""
     largest = float(jnp.finfo(dtype).max)
     return (clip(z, largest) if largest < float(jnp.finfo(z.dtype).max) else z).astype(dtype)

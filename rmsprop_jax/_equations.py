@@ -1,25 +1,25 @@
 """RMSProp on ONE array; everything else in this package lifts, stores or translates it.
 
-    s <- gamma s + (1 - gamma) |g|^2
-    u  = eta g / sqrt(s + eps)
-    x <- x - u
+s <- gamma s + (1 - gamma) |g|^2
+u  = eta g / sqrt(s + eps)
+x <- x - u
 
-    symbol  argument         meaning                                   unit
-    g                        gradient                                  loss / parameter
-    x                        parameter                                 parameter
-    s       (nu)             second moment of g; centered: variance    gradient squared
-    m       (mu)             mean of g, centered only                  gradient
-    b       (trace)          momentum buffer                           parameter, or 1 (*)
-    u                        step                                      parameter
-    eta     learning_rate    size of a step                            parameter
-    gamma   decay            weight of the past in s and m             1
-    eps     eps              keeps the root away from 0                gradient squared inside
-                                                                       the root, gradient outside
-    mu      momentum         weight of the past in b                   1
-    lam     weight_decay     pull towards 0                            gradient / parameter;
-                                                                       1 / parameter if decoupled
+symbol  argument         meaning                                   unit
+g                        gradient                                  loss / parameter
+x                        parameter                                 parameter
+s       (nu)             second moment of g; centered: variance    gradient squared
+m       (mu)             mean of g, centered only                  gradient
+b       (trace)          momentum buffer                           parameter, or 1 (*)
+u                        step                                      parameter
+eta     learning_rate    size of a step                            parameter
+gamma   decay            weight of the past in s and m             1
+eps     eps              keeps the root away from 0                gradient squared inside
+                                                                   the root, gradient outside
+mu      momentum         weight of the past in b                   1
+lam     weight_decay     pull towards 0                            gradient / parameter;
+                                                                   1 / parameter if decoupled
 
-    (*) 1 where the learning rate comes after the buffer.
+(*) 1 where the learning rate comes after the buffer.
 """
 
 import functools

@@ -56,7 +56,109 @@ def rmsprop(
     cautious: bool = False,
     storage: Storage | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """RMSProp, in every form that a framework or paper gives it."""
+    r"""RMSProp: a gradient is divided by the root of a running mean of its squares.
+
+    With gradient :math:`g`, parameter :math:`x`, decay :math:`\gamma` and learning rate
+    :math:`\eta`:
+
+    .. math::
+        s &\leftarrow \gamma s + (1 - \gamma) |g|^2 \\
+        x &\leftarrow x - \eta\, g / \sqrt{s + \epsilon}
+
+    and, each if asked for, in this order:
+
+    ====================================  ==================================================
+    ``weight_decay``                      :math:`g \leftarrow g + \lambda x`, first of all
+    ``centered``                          :math:`s` is the variance: with the mean
+                                          :math:`m \leftarrow \gamma m + (1 - \gamma) g`, it is
+                                          :math:`E|g|^2 - |m|^2`, but never negative
+    ``bias_correction``                   :math:`s` and :math:`m` are divided by the sum of the
+                                          weights of the gradients in them
+    ``eps_in_sqrt=False``                 :math:`\sqrt{s} + \epsilon` for the root
+    ``momentum``                          :math:`b \leftarrow \mu b + \eta g / \sqrt{\cdot}`,
+                                          :math:`x \leftarrow x - b`
+    ``lr_in_momentum=False``              :math:`b \leftarrow \mu b + g / \sqrt{\cdot}`,
+                                          :math:`x \leftarrow x - \eta b`
+    ``nesterov``                          the step and :math:`\mu b` in the place of :math:`b`
+    ``cautious``                          only where the step descends, and there more, so
+                                          that the step keeps its mean size
+    ``decoupled_weight_decay``            :math:`x \leftarrow x - \eta\lambda x` beside the rest,
+                                          in the place of the first line
+    ====================================  ==================================================
+
+    The arithmetic is in float32, or float64 for float64 parameters, whatever the dtype of the
+    gradients. Every gradient that is not NaN gives finite updates and a finite state: 0 / 0 is
+    0, and what is beyond the range of a dtype becomes its largest number. An infinite gradient
+    acts like a huge one: its coordinate stands still until s has decayed, about
+    86 / -log(decay) steps (820 at 0.9). A NaN stays NaN, in its own coordinate. To skip steps
+    with either, wrap this in ``optax.apply_if_finite``.
+
+    Any number below may also be a scalar array or a schedule, a function from the number of
+    earlier steps to a number or scalar array; all three give the same bits, and new values of an
+    array compile nothing anew. Python numbers are rounded to the precision of the arithmetic, as
+    an array would be. Only they are checked: an array's value may not be known yet.
+
+    Args:
+      learning_rate: size of a step, in units of the parameters. May be 0 or negative.
+      decay: weight of the past in s and m, in [0, 1].
+      eps: at least 0, in units of the gradient squared; of the gradient if outside the root.
+      initial_scale: s before the first step, at least 0, not a schedule. TensorFlow 1 starts
+        at 1, most others at 0.
+      eps_in_sqrt: whether eps is added inside the root or, as in PyTorch, to it.
+      centered: whether s is the variance of the gradient or its second moment.
+      momentum: weight of the past in b, at least 0; None for no buffer.
+      nesterov: whether to look ahead along the buffer.
+      bias_correction: whether to divide by the sum of the weights, which starts from 0. Exact
+        under a scheduled decay too.
+      lr_in_momentum: whether the learning rate goes into the buffer (TensorFlow, Keras, Optax)
+        or is applied to it (PyTorch). Without momentum, and at a constant learning rate, there
+        is no difference.
+      weight_decay: at least 0, in units of gradient / parameter, or of 1 / parameter unit of
+        the learning rate if decoupled; None for no decay. ``update`` then needs the parameters.
+      decoupled_weight_decay: whether the decay bypasses s and b.
+      cautious: whether to drop the coordinates in which the step has not the gradient's sign.
+        The mean is taken over one leaf.
+      storage: how the slots of the state are held; None for one float32 array each.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs``. Its state is an :class:`RMSPropState`.
+      ``init`` takes a tree of floating or complex arrays; the state is placed like them.
+      ``update`` takes gradients of the same structure and shapes, of any floating dtype
+      (complex for complex parameters), and gives updates in the gradients' dtypes, for
+      ``optax.apply_updates``. A gradient of None gives the update None and leaves its state.
+      Complex gradients count by their modulus. As everywhere in Optax, they are those that
+      point uphill: the conjugates of what ``jax.grad`` gives.
+
+    Raises:
+      TypeError: if an argument is of the wrong type, a parameter neither floating nor complex,
+        or the state another transformation's.
+      ValueError: if a number is out of range, two arguments contradict each other, the state was
+        made with other arguments, or the parameters are missing.
+      AssertionError: if chex finds a gradient, or parameter, that does not fit the state.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> from rmsprop_jax import rmsprop
+      >>> def loss(x):
+      ...     return 0.1 * x[0] ** 2 + 2 * x[1] ** 2
+      >>> tx = rmsprop(learning_rate=0.4, decay=0.9, eps=1e-6)
+      >>> x = jnp.array([-5.0, -2.0])
+      >>> state = tx.init(x)
+      >>> for _ in range(20):
+      ...     updates, state = tx.update(jax.grad(loss)(x), state)
+      ...     x = optax.apply_updates(x, updates)
+      >>> print(f"{x[0]:.4f} {abs(x[1]):.4f}")
+      -0.0106 0.0000
+
+    With the defaults it equals ``optax.rmsprop``, whose first nine parameters it has.
+
+    Sources: Hinton, Srivastava and Swersky, "Neural networks for machine learning", lecture 6e,
+    2012 (the rule); Graves, arXiv:1308.0850, 2013 (centered, with momentum); Loshchilov and
+    Hutter, arXiv:1711.05101, 2017 (decoupled weight decay); Liang et al., arXiv:2411.16085, 2024
+    (cautious).
+    """
     hyper = _equations.Hyper(learning_rate, decay, eps, momentum, weight_decay)
     hyper = _equations.Hyper(
         *(
@@ -169,7 +271,28 @@ def scale_by_rms(
     centered: bool = False,
     storage: Storage | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """The root mean square scaling of rmsprop, without a learning rate."""
+    r"""Divides gradients by the root of a running mean of their squares; no learning rate.
+
+    .. math::
+        s &\leftarrow \gamma s + (1 - \gamma) |g|^2 \\
+        u &= g / \sqrt{s + \epsilon}
+
+    That is :func:`rmsprop` with learning rate -1, which describes the arguments, the dtypes and
+    the errors. It equals ``optax.scale_by_rms`` and, if centered, ``optax.scale_by_stddev``.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs`` whose state is an :class:`RMSPropState`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> from rmsprop_jax import scale_by_rms
+      >>> tx = optax.chain(scale_by_rms(decay=0.5), optax.scale_by_learning_rate(0.1))
+      >>> g = jnp.array([3.0, -0.01])
+      >>> updates, _ = tx.update(g, tx.init(g))
+      >>> print(f"{updates[0]:.4f} {updates[1]:.4f}")
+      -0.1414 0.1414
+    """
     return rmsprop(
         -1.0,
         decay,

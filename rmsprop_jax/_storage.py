@@ -26,7 +26,7 @@ class Storage(Protocol):
     def accumulate(
         self, slot: Slot, decay: jax.Array, term: jax.Array, bound: float | None = None
     ) -> tuple[jax.Array, Slot]:
-        """decay * slot + term, the product kept within a bound, as an array and as a slot."""
+        """Decay * slot + term, the product kept within a bound, as an array and as a slot."""
 
 
 class Float32:

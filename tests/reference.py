@@ -47,9 +47,9 @@ def run(
         start *= gamma
         total = sum(weights) if bias_correction else dtype(1)
         shares = [w / total for w in weights]
-        mean = sum(w * h for w, h in zip(shares, history)) if centered else 0
+        mean = sum(w * h for w, h in zip(shares, history, strict=True)) if centered else 0
         # In two passes, so that nothing cancels: E|g|^2 - |m|^2 = E|g - m|^2 + (1 - E 1) |m|^2.
-        second = sum(w * np.abs(h - mean) ** 2 for w, h in zip(shares, history))
+        second = sum(w * np.abs(h - mean) ** 2 for w, h in zip(shares, history, strict=True))
         second = second + (1 - sum(shares)) * np.abs(mean) ** 2 + start * initial_scale
         root = np.sqrt(second + epsilon) if eps_in_sqrt else np.sqrt(second) + epsilon
         step = g / root

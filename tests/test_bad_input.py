@@ -44,7 +44,11 @@ ARGUMENTS = [
     ({"storage": jnp.bfloat16}, TypeError, "storage must be a Storage"),
     ({"nesterov": True}, ValueError, "nesterov=True needs momentum"),
     ({"cautious": True}, ValueError, "cautious=True needs momentum"),
-    ({"decoupled_weight_decay": True}, ValueError, "decoupled_weight_decay=True needs weight_decay"),
+    (
+        {"decoupled_weight_decay": True},
+        ValueError,
+        "decoupled_weight_decay=True needs weight_decay",
+    ),
     ({"bias_correction": True, "initial_scale": 1.0}, ValueError, "initial_scale must be 0, got 1"),
     ({"bias_correction": True, "decay": 1}, ValueError, "bias_correction=True needs decay < 1"),
 ]
@@ -84,7 +88,14 @@ def test_schedules_are_checked_when_they_speak():
 
 @pytest.mark.parametrize(
     "leaf",
-    [jnp.ones(2, jnp.int32), jnp.ones(2, bool), 3, jax.random.key(0), "weights", np.ones(2, object)],
+    [
+        jnp.ones(2, jnp.int32),
+        jnp.ones(2, bool),
+        3,
+        jax.random.key(0),
+        "weights",
+        np.ones(2, object),
+    ],
     ids=["int32", "bool", "int", "key", "str", "object"],
 )
 def test_parameters_must_be_floating(leaf):
@@ -101,7 +112,10 @@ GRADIENTS = [
     ({"w": jnp.ones((1, 3), jnp.int32)}, r"layer/w.*int32\[1, 3\].*float32\[1, 3\]"),
     ({"w": np.zeros((1, 3), jax.dtypes.float0)}, r"layer/w.*float0.*float32\[1, 3\]"),
     ({"w": "gradient"}, r"layer/w.*'gradient' of type str.*float32\[1, 3\]"),
-    ({"w": {"kernel": jnp.ones((1, 3))}}, r"missing \['layer/w'\], unexpected \['layer/w/kernel'\]"),
+    (
+        {"w": {"kernel": jnp.ones((1, 3))}},
+        r"missing \['layer/w'\], unexpected \['layer/w/kernel'\]",
+    ),
     ({"c": jnp.ones(2)}, r"missing \[\], unexpected \['layer/c'\]"),
 ]
 
@@ -114,9 +128,10 @@ def test_gradients_must_fit_the_state(change, message, form):
     grads = {"layer": STATE["layer"] | change}
     with pytest.raises(AssertionError, match=f"(?s){message}"):
         tx.update(grads, state)
-    if not isinstance(grads["layer"]["w"], str) and getattr(
-        grads["layer"]["w"], "dtype", None
-    ) != jax.dtypes.float0:
+    if (
+        not isinstance(grads["layer"]["w"], str)
+        and getattr(grads["layer"]["w"], "dtype", None) != jax.dtypes.float0
+    ):
         with pytest.raises(AssertionError, match=f"(?s){message.replace('1.0 of type float', '')}"):
             jax.jit(tx.update)(grads, state)
 
@@ -124,7 +139,7 @@ def test_gradients_must_fit_the_state(change, message, form):
 def test_a_gradient_must_have_a_state():
     tx = rmsprop(0.1)
     state = tx.init({"a": jnp.ones(2), "b": None})
-    with pytest.raises(AssertionError, match="(?s)tree 0.*'b': \\*.*tree 1.*'b': None"):
+    with pytest.raises(AssertionError, match=r"(?s)tree 0.*'b': \*.*tree 1.*'b': None"):
         tx.update({"a": jnp.ones(2), "b": jnp.ones(2)}, state)
 
 

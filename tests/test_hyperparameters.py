@@ -148,9 +148,7 @@ def test_the_count_stops_at_its_largest_value():
 
 def test_bias_correction_is_exact_under_a_scheduled_decay():
     """Constant gradients have the root mean square |g|, whatever the weights."""
-    tx = rmsprop(
-        1.0, decay=lambda count: 1 - 0.5 / (1 + count), eps=0.0, bias_correction=True
-    )
+    tx = rmsprop(1.0, decay=lambda count: 1 - 0.5 / (1 + count), eps=0.0, bias_correction=True)
     state = tx.init(jnp.zeros(2))
     for _ in range(20):
         updates, state = tx.update(jnp.asarray([4.0, -0.25]), state)
@@ -195,9 +193,9 @@ def test_all_hyperparameters_can_be_injected():
     for update in (tx.update, jax.jit(tx.update)):
         np.testing.assert_array_equal(update(g, state, g)[0], want)
     state.hyperparams["learning_rate"] = jnp.float32(2 * VALUES["learning_rate"])
-    twice, _ = rmsprop(**VALUES | {"learning_rate": 2 * VALUES["learning_rate"]}, initial_scale=0.5).update(
-        g, plain.init(g), g
-    )
+    twice, _ = rmsprop(
+        **VALUES | {"learning_rate": 2 * VALUES["learning_rate"]}, initial_scale=0.5
+    ).update(g, plain.init(g), g)
     np.testing.assert_array_equal(tx.update(g, state, g)[0], twice)
 
 

@@ -52,9 +52,7 @@ def test_cond_and_while(form):
 
     @jax.jit
     def maybe(flag):
-        return jax.lax.cond(
-            flag, lambda: tx.update(GRADS, state, PARAMS), lambda: (GRADS, state)
-        )
+        return jax.lax.cond(flag, lambda: tx.update(GRADS, state, PARAMS), lambda: (GRADS, state))
 
     assert_same(maybe(True), tx.update(GRADS, state, PARAMS))
     assert_same(maybe(False), (GRADS, state))
@@ -77,9 +75,8 @@ def test_vmap_over_models(form):
     state = jax.vmap(tx.init)(params)
     updates, _ = jax.vmap(tx.update)(grads, state, params)
     for i in range(3):
-        one_params, one_grads = (jax.tree.map(lambda leaf: leaf[i], t) for t in (params, grads))
-        want, _ = tx.update(one_grads, tx.init(one_params), one_params)
-        assert_same(jax.tree.map(lambda leaf: leaf[i], updates), want)
+        one = [jax.tree.map(lambda leaf, i=i: leaf[i], tree) for tree in (grads, params, updates)]
+        assert_same(one[2], tx.update(one[0], tx.init(one[1]), one[1])[0])
 
 
 def test_jvp_and_grad_agree_with_finite_differences():

@@ -27,8 +27,6 @@ GRID = [
 ]
 
 
-
-
 @pytest.mark.parametrize("schedule", [False, True], ids=["constant", "schedule"])
 @pytest.mark.parametrize("kwargs", GRID, ids=str)
 def test_same_trajectories(kwargs, schedule):
@@ -155,9 +153,7 @@ def test_multi_steps_averages_gradients():
     plain_state = plain.init(PARAMS)
     for _ in range(3):
         for scale in (0.5, 1.5):
-            updates, state = tx.update(
-                jax.tree.map(lambda g, s=scale: s * g, GRADS), state, params
-            )
+            updates, state = tx.update(jax.tree.map(lambda g, s=scale: s * g, GRADS), state, params)
             params = optax.apply_updates(params, updates)
         updates, plain_state = plain.update(GRADS, plain_state, want)
         want = optax.apply_updates(want, updates)
@@ -171,7 +167,10 @@ def test_microbatching_inside_a_step():
         return jnp.mean((params * x - 1) ** 2)
 
     gradient = microbatching.microbatch(
-        jax.grad(loss), argnums=1, microbatch_size=2, accumulator=microbatching.AccumulationType.MEAN
+        jax.grad(loss),
+        argnums=1,
+        microbatch_size=2,
+        accumulator=microbatching.AccumulationType.MEAN,
     )
     tx = rmsprop(0.1)
 

@@ -45,7 +45,9 @@ CASES = list(cases())
 
 
 @pytest.mark.parametrize(
-    "case", [case for _, case in CASES], ids=[f"{module}-{case}" for module, case in CASES]
+    "case",
+    [case for _, case in CASES],
+    ids=[f"{module}-{case._testMethodName}" for module, case in CASES],
 )
 def test_case(case, monkeypatch):
     monkeypatch.setattr(alias, "rmsprop", rmsprop)

@@ -1,0 +1,127 @@
+"""Public data sets for the examples: downloaded once, checked, and kept.
+
+    python examples/real_data.py    # fetches every file and prints where it lies
+
+A file is kept in ~/.cache/rmsprop_jax (under XDG_CACHE_HOME, if that is set). If RMSPROP_JAX_DATA
+names a folder, files are taken from there instead and nothing is downloaded. Either way a file
+is handed out only if its sha256 is the one in the table below.
+"""
+
+import contextlib
+import hashlib
+import http.client
+import os
+from pathlib import Path
+import sys
+from typing import NamedTuple
+from urllib.error import HTTPError
+from urllib.request import urlopen
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+
+class DataSet(NamedTuple):
+    """A file: where it lies within a folder of data, its public home, and its checksum."""
+
+    file: str
+    url: str
+    sha256: str
+
+
+DATA_SETS = {
+    "airfoil": DataSet(
+        "airfoil_self_noise.dat",
+        "https://archive.ics.uci.edu/ml/machine-learning-databases/00291/airfoil_self_noise.dat",
+        "74c75fd71783f1e6b71f8a622b993dc592897a97cd689c5090a07147a1b097b3",
+    ),
+}
+
+TIMEOUT = 30  # seconds without a byte after which a download has failed
+
+
+class DataError(RuntimeError):
+    """A data set cannot be had; the message says why, and what to do."""
+
+
+def airfoil() -> NDArray[np.float32]:
+    """NASA's airfoil self-noise measurements, 1503 rows of six columns.
+
+    Frequency (Hz), angle of attack (degrees), chord length (m), free-stream velocity (m/s),
+    displacement thickness (m); and what is to be predicted, the sound pressure level (dB).
+    """
+    return np.loadtxt(path("airfoil"), dtype=np.float32, delimiter="\t")
+
+
+def path(name: str) -> Path:
+    """The checked file of a data set, downloaded if need be; raises DataError if there is none."""
+    if name not in DATA_SETS:
+        raise DataError(f"there is no data set {name!r}; there are: {', '.join(DATA_SETS)}")
+    data_set = DATA_SETS[name]
+    folder = os.environ.get("RMSPROP_JAX_DATA")
+    if folder:
+        file = Path(folder) / data_set.file
+        advice = "put the right file there, or unset RMSPROP_JAX_DATA to download it"
+        if not file.is_file():
+            raise DataError(f"{name}: no file {file}; {advice}")
+        if (found := _sha256(file)) != data_set.sha256:
+            raise DataError(f"{name}: {file} {_mismatch(found, data_set)}; {advice}")
+        return file
+
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    file = cache / "rmsprop_jax" / data_set.file
+    if file.is_file():
+        if (found := _sha256(file)) == data_set.sha256:
+            return file
+        print(f"{name}: {file} {_mismatch(found, data_set)}; downloading it anew", file=sys.stderr)
+    _download(name, data_set, file)
+    return file
+
+
+def _download(name: str, data_set: DataSet, file: Path) -> None:
+    """Puts the file in its place whole and checked, or not at all."""
+    advice = (
+        "try again later, or set RMSPROP_JAX_DATA to a folder that holds "
+        f"{data_set.file} with sha256 {data_set.sha256}"
+    )
+    part = file.with_name(f"{file.name}.{os.getpid()}.part")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with urlopen(data_set.url, timeout=TIMEOUT) as response, part.open("wb") as out:
+            size = int(response.headers.get("Content-Length", 0))
+            with tqdm(total=size or None, desc=name, unit="B", unit_scale=True) as bar:
+                while block := response.read(1 << 16):
+                    bar.update(out.write(block))
+        if (received := part.stat().st_size) < size:
+            raise OSError(f"interrupted after {received} of {size} bytes")
+        if (found := _sha256(part)) != data_set.sha256:
+            raise OSError(f"what came {_mismatch(found, data_set)}")
+        part.replace(file)
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        if isinstance(error, HTTPError):
+            error.close()
+        raise DataError(
+            f"{name}: cannot download {data_set.url} to {file}: {error}; {advice}"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):  # gone already, or never begun
+            part.unlink()
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _mismatch(found: str, data_set: DataSet) -> str:
+    return f"has sha256 {found}, expected {data_set.sha256}"
+
+
+def main() -> None:
+    for name in DATA_SETS:
+        print(f"{name}: {path(name)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""What is shipped: the wheel in a clean environment, the version, the order of imports."""
+
+import ast
+import os
+from pathlib import Path
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+import rmsprop_jax
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted((ROOT / "rmsprop_jax").glob("*.py"))
+
+
+def test_the_wheel_installs_and_imports_in_a_clean_environment(tmp_path):
+    """Its dependencies are lent by the environment of the tests, so that no index is asked."""
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, ROOT],
+        check=True,
+        capture_output=True,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "rmsprop_jax/py.typed" in names
+    assert {n.split("/")[0] for n in names} == {
+        "rmsprop_jax",
+        f"rmsprop_jax-{rmsprop_jax.__version__}.dist-info",
+    }
+
+    clean = tmp_path / "clean"
+    subprocess.run([sys.executable, "-m", "venv", clean], check=True)
+    python = clean / ("Scripts" if os.name == "nt" else "bin") / "python"
+    install = [python, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", wheel]
+    subprocess.run(install, check=True)
+    lent = next(p for p in sys.path if p.endswith("site-packages"))
+    check = """
+import importlib.metadata, importlib.resources, pathlib, sys
+import rmsprop_jax
+package = pathlib.Path(rmsprop_jax.__file__).parent
+assert str(package).startswith(sys.argv[1]), package
+assert (package / "py.typed").is_file()
+assert importlib.metadata.version("rmsprop-jax") == rmsprop_jax.__version__
+rmsprop_jax.rmsprop(0.1).init(1.0)
+"""
+    # Behind the clean environment's own folder, and without the editable install's hooks.
+    finished = subprocess.run(
+        [python, "-c", f"import sys; sys.path.append({lent!r})\n{check}", clean.resolve()],
+        cwd=tmp_path,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert finished.returncode == 0, finished.stderr
+
+
+def imports(source):
+    """The modules of the package that a module imports."""
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "rmsprop_jax":
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("rmsprop_jax."):
+            yield node.module.removeprefix("rmsprop_jax.")
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_imports_run_one_way(source):
+    """Each module imports only what comes before it in this list."""
+    order = ["_arrays", "_storage", "_equations", "_checks", "_rmsprop", "__init__"]
+    assert set(imports(source)) <= set(order[: order.index(source.stem)])
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_importing_needs_the_runtime_dependencies_only(source):
+    allowed = {"rmsprop_jax", "jax", "optax", "chex", "numpy", *sys.stdlib_module_names}
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, ast.Import):
+            assert {alias.name.split(".")[0] for alias in node.names} <= allowed
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module.split(".")[0] in allowed
+
+
+def test_the_changelog_names_the_version():
+    assert f"## [{rmsprop_jax.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+    assert f"version: {rmsprop_jax.__version__}\n" in (ROOT / "CITATION.cff").read_text()
