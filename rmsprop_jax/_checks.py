@@ -1,5 +1,6 @@
 """What a caller may pass. Anything else is refused here, by name, before anything changes."""
 
+import functools
 import math
 import numbers
 from typing import Any
@@ -34,7 +35,8 @@ def number(
         if isinstance(value, jax.Array):
             return value
         value = value.item()
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not real:
         kinds = "a number, a scalar array or a schedule" if schedule else "a number or scalar array"
         raise TypeError(f"{name} must be {kinds}, got {value!r}")
     if not (low <= value <= high and abs(value) <= LARGEST):
@@ -53,7 +55,7 @@ def flag(name: str, value: Any) -> bool:
 
 def parameter(path: Any, param: Any) -> None:
     """Refuses a parameter that has no real or complex values to move."""
-    if not _is_inexact(param):
+    if _form(param)[1] is None:
         raise TypeError(
             f"parameter {name(path)!r} must be floating or complex, got {_describe(param)}; "
             "leave it out with optax.masked or optax.partition"
@@ -67,7 +69,7 @@ def instance(name: str, value: Any, protocol: type) -> Any:
     return value
 
 
-def state(value: Any, kind: type, in_use: dict[str, bool]) -> None:
+def state(value: Any, kind: Any, in_use: dict[str, bool]) -> None:
     """Refuses what is not a state of a kind, or one whose fields in use are others."""
     if not isinstance(value, kind):
         raise TypeError(f"state must be a {kind.__name__}, got {type(value).__name__}")
@@ -79,55 +81,67 @@ def state(value: Any, kind: type, in_use: dict[str, bool]) -> None:
             )
 
 
-def beside(grads: Any, tree: Any, name: str, *, real: bool = False) -> list[Any]:
-    """The leaves of tree, asserted to be what the gradients call for; None counts as a leaf.
+def columns(grads: Any, trees: dict[str, Any]) -> list[list[Any]]:
+    """The leaves of the gradients and of each tree, asserted by chex to belong together.
 
-    Each gradient that is not None must be floating or complex, have the shape of its
-    counterpart and, unless the tree is real whatever the gradients are, be complex where that is.
+    None is a leaf, and a tree that is None has nothing but such. Each gradient that is not None
+    must be floating or complex, have the shapes of its counterparts and, as nu is real for
+    either, be complex where the others are.
     """
+    leaves: list[Any]
+    structure: Any
+    leaves, structure = jax.tree.flatten(grads, is_leaf=_is_none)
+    forms = [None if grad is None else _form(grad) for grad in leaves]
+    found = [leaves]
+    for name, tree in trees.items():
+        if tree is None:
+            found.append([None] * len(leaves))
+            continue
+        others, other_structure = jax.tree.flatten(tree, is_leaf=_is_none)
+        if other_structure != structure:
+            got, wanted = set(_names(grads)), set(_names(tree))
+            chex.assert_trees_all_equal_structs(
+                grads,
+                tree,
+                custom_message=f"gradients (tree 0) against {name} (tree 1): "
+                f"missing {sorted(wanted - got)}, unexpected {sorted(got - wanted)}",
+            )
+        kind = slice(1 if name == "nu" else 2)  # of nu, only the shape counts
+        misfits = [
+            i
+            for i, (form, other) in enumerate(zip(forms, others, strict=True))
+            if form is not None and (form[1] is None or form[kind] != _form(other)[kind])
+        ]
+        if misfits:
+            names = _names(grads)
+            chex.assert_trees_all_equal_comparator(
+                lambda *_: False,
+                lambda grad, other, name=name: (
+                    f"gradient {_describe(grad)}, {name} {_describe(other)}"
+                ),
+                {names[i]: leaves[i] for i in misfits},
+                {names[i]: others[i] for i in misfits},
+            )
+        found.append(others)
+    return found
 
-    def fits(grad: Any, leaf: Any) -> bool:
-        return (
-            _is_inexact(grad)
-            and jnp.shape(grad) == jnp.shape(leaf)
-            and (real or jnp.iscomplexobj(grad) == jnp.iscomplexobj(leaf))
-        )
 
-    wanted, wanted_structure = jax.tree.flatten(tree, is_leaf=_is_none)
-    got, structure = jax.tree.flatten(grads, is_leaf=_is_none)
-    if structure != wanted_structure:
-        names, wanted_names = set(_names(grads)), set(_names(tree))
-        chex.assert_trees_all_equal_structs(
-            grads,
-            tree,
-            custom_message=f"gradients (tree 0) against {name} (tree 1): "
-            f"missing {sorted(wanted_names - names)}, unexpected {sorted(names - wanted_names)}",
-        )
-    pairs = zip(got, wanted, strict=True)
-    misfits = [
-        i
-        for i, (grad, leaf) in enumerate(pairs)
-        if grad is not None and (leaf is None or not fits(grad, leaf))
-    ]
-    if misfits:
-        names = _names(grads)
-        chex.assert_trees_all_equal_comparator(
-            fits,
-            lambda grad, leaf: f"gradient {_describe(grad)}, {name} {_describe(leaf)}",
-            {names[i]: got[i] for i in misfits},
-            {names[i]: wanted[i] for i in misfits},
-        )
-    return wanted
+def _form(leaf: Any) -> tuple[tuple[int, ...] | None, type | None]:
+    """A leaf's shape, and float or complex; None for what it has not."""
+    if not hasattr(leaf, "dtype"):
+        return ((), type(leaf)) if isinstance(leaf, float | complex) else (None, None)
+    return leaf.shape, _kind(leaf.dtype)
+
+
+@functools.cache
+def _kind(dtype: Any) -> type | None:
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        return complex
+    return float if jnp.issubdtype(dtype, jnp.floating) else None
 
 
 def _is_none(leaf: Any) -> bool:
     return leaf is None
-
-
-def _is_inexact(leaf: Any) -> bool:
-    if isinstance(leaf, float | complex):
-        return True
-    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
 def _describe(leaf: Any) -> str:

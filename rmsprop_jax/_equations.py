@@ -82,7 +82,8 @@ def _step(
     storage = variant.storage
     real = storage.dtype(s)
     tiny, largest = jnp.finfo(real).tiny, float(jnp.finfo(real).max)
-    eta, gamma, eps, mu, lam = (h if h is None else h.astype(real) for h in hyper)
+    scalars: list[Any] = [h if h is None else h.astype(real) for h in hyper]
+    eta, gamma, eps, mu, lam = scalars
 
     out_dtype = g.dtype
     g = widen(g, real)

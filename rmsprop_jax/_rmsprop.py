@@ -1,7 +1,6 @@
 """RMSProp on a tree of parameters, as an Optax gradient transformation."""
 
 from collections.abc import Callable
-import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -29,7 +28,7 @@ class RMSPropState(NamedTuple):
         of the widest dtype in nu.
     """
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment] # hides tuple's method, as Optax's states do
     nu: Any
     mu: Any
     trace: Any
@@ -222,14 +221,9 @@ def rmsprop(
         elif params is None:
             raise ValueError("weight_decay needs the parameters: call update(grads, state, params)")
 
+        structure: Any = jax.tree.structure(updates, is_leaf=lambda leaf: leaf is None)
         trees = {"params": params, "nu": state.nu, "mu": state.mu, "trace": state.trace}
-        columns = (
-            itertools.repeat(None)
-            if tree is None
-            else _checks.beside(updates, tree, name, real=name == "nu")
-            for name, tree in trees.items()
-        )
-        grads, structure = jax.tree.flatten(updates, is_leaf=lambda leaf: leaf is None)
+        columns = _checks.columns(updates, trees)
         # A schedule may mix dtypes as it likes, whatever the user asks of his own code.
         with jax.numpy_dtype_promotion("standard"):
             scalars = _equations.Hyper(
@@ -239,7 +233,7 @@ def rmsprop(
             if weight_sum is not None:
                 scalars, weight_sum = _equations.correct_bias(scalars, weight_sum)
             steps, slots = [], []
-            for g, x, *old in zip(grads, *columns, strict=False):
+            for g, x, *old in zip(*columns, strict=True):
                 if g is None:
                     u, new = None, _equations.Slots(*old)
                 else:

@@ -6,6 +6,7 @@ The equations ask three things of a storage and do not know what its slots are m
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+from jax import lax
 import jax.numpy as jnp
 
 from rmsprop_jax._arrays import clip
@@ -37,12 +38,12 @@ class Float32:
         dtype = jnp.float64 if wide else jnp.float32
         if signed and jnp.iscomplexobj(param):
             dtype = jnp.complex128 if wide else jnp.complex64
-        slot = jnp.full_like(param, value, dtype=dtype)
-        if isinstance(param, jax.core.Tracer):
-            # A traced constant depends on no parameter and could be placed anywhere. This one
-            # depends on param, but not on its values: nothing, not even NaN, is below itself.
-            slot = jnp.where(param.real < param.real, 0, slot)
-        return slot
+        if not isinstance(param, jax.core.Tracer):
+            return jnp.full_like(param, value, dtype=dtype)
+        # A traced constant depends on no parameter and could be placed anywhere. These zeros
+        # depend on param, but not on its values: nothing, not even NaN, is below itself.
+        zeros = lax.convert_element_type(lax.lt(param.real, param.real), dtype)
+        return zeros + jnp.asarray(value, dtype)
 
     def dtype(self, slot: jax.Array) -> jnp.dtype:
         return slot.dtype
