@@ -14,12 +14,12 @@ import functools
 import gc
 from typing import Any
 
-import _timing
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+import _timing
 from rmsprop_jax import rmsprop
 
 FORMS: dict[str, dict[str, Any]] = {

@@ -20,9 +20,9 @@ from jax.typing import ArrayLike
 from matplotlib.figure import Figure
 import numpy as np
 from numpy.typing import NDArray
-import real_data
 from tqdm import tqdm
 
+import real_data
 from rmsprop_jax import rmsprop
 
 Rows = NDArray[np.float32]

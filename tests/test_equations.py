@@ -6,13 +6,13 @@ the loop's long double); in float32, 5e-5 relative and 5e-5 of a learning rate.
 
 import itertools
 
-from helpers import assert_close, gradients, run
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
 
+from helpers import assert_close, gradients, run
+import reference
 from rmsprop_jax import rmsprop, scale_by_rms
 
 GRID = [

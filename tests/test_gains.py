@@ -3,7 +3,6 @@
 from pathlib import Path
 import re
 
-from helpers import assert_close, run
 import jax
 from jax import export
 import jax.numpy as jnp
@@ -11,8 +10,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import numpy as np
 import optax
 import pytest
-import reference
 
+from helpers import assert_close, run
+import reference
 from rmsprop_jax import rmsprop
 
 ROWS = {}

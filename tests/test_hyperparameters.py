@@ -1,12 +1,12 @@
 """A hyperparameter is a number, an array or a schedule: the same bits, no new compilation."""
 
-from helpers import gradients
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+from helpers import gradients
 from rmsprop_jax import rmsprop, scale_by_rms
 
 VALUES = {

@@ -3,15 +3,15 @@
 import inspect
 import itertools
 
-from helpers import assert_close, gradients, run
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from optax import microbatching
 import pytest
-import reference
 
+from helpers import assert_close, gradients, run
+import reference
 import rmsprop_jax
 from rmsprop_jax import rmsprop, scale_by_rms
 

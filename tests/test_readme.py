@@ -5,18 +5,15 @@ import io
 import json
 from pathlib import Path
 import re
-import sys
 
 import pytest
+
+import _timing
+import step
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```)?", README, re.DOTALL)
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import _timing
-import step
 
 
 @pytest.mark.parametrize(("code", "printed"), SNIPPETS, ids=range(len(SNIPPETS)))

@@ -3,9 +3,7 @@
 import functools
 import hashlib
 import os
-from pathlib import Path
 import re
-import sys
 
 from flax import nnx
 import jax
@@ -13,13 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rmsprop_jax import rmsprop
-
-sys.path.insert(0, str(Path(__file__).parent / "compare"))
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
 import real_data
 import record_simplenet
+from rmsprop_jax import rmsprop
 import simplenet
 import simplenet_linen
 
