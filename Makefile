@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: example example-airfoil test lint clean
+.PHONY: example example-airfoil test test-oldest lint clean
 
 example: .venv/examples-installed
 	$(BIN)/python examples/simplenet.py --out out/simplenet.png
@@ -17,8 +17,12 @@ lint: .venv/test-installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The lower bounds of pyproject.toml, so that they stay what was really run.
+test-oldest: .venv-oldest/installed
+	.venv-oldest/bin/python -m pytest
+
 clean:
-	rm -rf .venv out build dist
+	rm -rf .venv .venv-oldest out build dist
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -29,3 +33,9 @@ clean:
 
 .venv/examples-installed: EXTRAS := examples
 .venv/test-installed: EXTRAS := test,lint
+
+.venv-oldest/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --editable '.[test]' \
+	  jax==0.9.0 jaxlib==0.9.0 optax==0.2.8 chex==0.1.91 flax==0.12.6 orbax-checkpoint==0.12.8
+	touch $@

@@ -90,6 +90,12 @@ def airfoil(seed: int) -> tuple[Rows, Rows, Rows, Rows]:
     return train[:, :-1], train[:, -1:], test[:, :-1], test[:, -1:]
 
 
+def linear_loss(x: Rows, y: Rows, x_test: Rows, y_test: Rows) -> float:
+    """What the best straight line through the training rows, whose means are 0, leaves."""
+    slopes = np.linalg.lstsq(x, y, rcond=None)[0]
+    return float(np.mean((x_test @ slopes - y_test) ** 2))
+
+
 def draw(losses: Sequence[float], out: Path) -> None:
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
@@ -140,7 +146,11 @@ def main(argv: Sequence[str] | None = None) -> Result:
         print(f"Loss {losses[0]:.4f} -> {losses[-1]:.4f}, curve in {args.out}")
         return Result(losses, None)
     test_loss = float(mse(model, x_test, y_test))
-    print(f"Test loss {test_loss:.4f} on {len(x_test)} rows held out, curve in {args.out}")
+    line = linear_loss(x, y, x_test, y_test)
+    print(
+        f"Test loss {test_loss:.4f} on {len(x_test)} rows held out, "
+        f"{line:.4f} by a straight line, curve in {args.out}"
+    )
     return Result(losses, test_loss)
 
 

@@ -87,7 +87,7 @@ def _step(
 
     out_dtype = g.dtype
     g = widen(g, real)
-    pull = None if lam is None else lam * widen(x, real)
+    pull = None if lam is None else clip(lam * widen(x, real), largest)
     if pull is not None and not variant.decoupled_weight_decay:
         g = g + pull
     # A quarter of the root: even the difference of two such numbers can be squared.
