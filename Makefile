@@ -25,6 +25,7 @@ clean:
 	rm -rf .venv .venv-oldest out build dist
 
 .venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed; name one as in: make PYTHON=python3.13")'
 	$(PYTHON) -m venv .venv
 
 .venv/%-installed: pyproject.toml | .venv/bin/python

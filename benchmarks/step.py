@@ -66,7 +66,7 @@ def jitted(form: str, elements: int, steps: int, pairs: int) -> Row:
 
         sides.append(run)
     pair = _timing.compare(sides, pairs)
-    what = f"jitted step, {elements / 1e6:.0f}M elements"
+    what = f"jitted step, {elements:,} elements"
     per_step = pair._replace(theirs=pair.theirs / steps, ours=pair.ours / steps)
     return row(what, form, per_step, f"{temporary[0]} / {temporary[1]}")
 
@@ -81,9 +81,9 @@ def eager(form: str, leaves: int, pairs: int) -> Row:
     return row(f"eager update, {leaves} leaves", form, _timing.compare(sides, pairs))
 
 
-def traced(form: str, leaves: int, pairs: int) -> Row:
+def traced(form: str, leaves: int, shapes: int, pairs: int) -> Row:
     """Tracing and lowering of a step, with nothing cached."""
-    tree = small_leaves(leaves, 60)
+    tree = small_leaves(leaves, shapes)
     sides: list[Callable[[], Any]] = []
     for make in (optax.rmsprop, rmsprop):
         tx, step = step_of(make, FORMS[form])
@@ -95,7 +95,9 @@ def traced(form: str, leaves: int, pairs: int) -> Row:
             jax.jit(lambda *args: step(*args)).trace(tree, state, tree).lower()
 
         sides.append(run)
-    return row(f"trace and lower, {leaves} leaves", form, _timing.compare(sides, pairs))
+    return row(
+        f"trace and lower, {leaves} leaves of {shapes} shapes", form, _timing.compare(sides, pairs)
+    )
 
 
 def row(what: str, form: str, pair: _timing.Pair, temporary: str = "") -> Row:
@@ -119,7 +121,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
     quick = parser.parse_args(argv).quick
 
     elements, pairs = (100_000, 2) if quick else (16_000_000, 30)
-    eager_leaves, traced_leaves = (10, 20) if quick else (161, 700)
+    eager_leaves = 10 if quick else 161
     rows = []
     for form in FORMS:
         rows.append(jitted(form, elements, 5, pairs))
@@ -127,9 +129,10 @@ def main(argv: list[str] | None = None) -> list[Row]:
     for form in FORMS:
         rows.append(eager(form, eager_leaves, pairs))
         print(rows[-1], flush=True)
-    for form in FORMS:
-        rows.append(traced(form, traced_leaves, 2 if quick else 9))
-        print(rows[-1], flush=True)
+    for leaves, shapes in ((20, 6),) if quick else ((700, 60), (100, 100)):
+        for form in FORMS:
+            rows.append(traced(form, leaves, shapes, 2 if quick else 9))
+            print(rows[-1], flush=True)
     if not quick:
         print(f"wrote {_timing.save('step', rows)}\n")
     print(_timing.table(rows, _timing.machine()))

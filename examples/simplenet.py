@@ -155,4 +155,7 @@ def main(argv: Sequence[str] | None = None) -> Result:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except real_data.DataError as error:
+        raise SystemExit(f"simplenet.py: {error}") from None

@@ -104,8 +104,10 @@ def _step(
         ratio = (1 - gamma) / lax.max(gamma, jnp.finfo(real).eps)
         v, s = storage.accumulate(s, gamma, ratio * abs2(g - mean))
 
-    # The smallest normal number makes 0 / 0 equal 0, and the derivative finite.
-    root = jnp.sqrt(v + lax.max(eps, tiny)) if variant.eps_in_sqrt else jnp.sqrt(v + tiny) + eps
+    # Never below the smallest normal number: so 0 / 0 is 0, the derivative there is finite, and
+    # where |g|^2 underflows the quotient stays within 1 / sqrt(1 - gamma).
+    root = jnp.sqrt(lax.max(v + eps if variant.eps_in_sqrt else v, tiny))
+    root = root if variant.eps_in_sqrt else root + eps
     u = by_parts(lambda part: part / root, g)
     if variant.lr_in_momentum:
         u = clip(eta * u, largest / 2)

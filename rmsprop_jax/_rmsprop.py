@@ -55,69 +55,66 @@ def rmsprop(
     cautious: bool = False,
     storage: Storage | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""RMSProp: a gradient is divided by the root of a running mean of its squares.
+    """RMSProp: gradients are divided by the root of a running mean of their squares.
 
-    With gradient :math:`g`, parameter :math:`x`, decay :math:`\gamma` and learning rate
-    :math:`\eta`:
+        s <- decay s + (1 - decay) |g|^2
+        u  = learning_rate g / sqrt(s + eps)
+        x <- x - u
 
-    .. math::
-        s &\leftarrow \gamma s + (1 - \gamma) |g|^2 \\
-        x &\leftarrow x - \eta\, g / \sqrt{s + \epsilon}
+    for a gradient g and a parameter x. The other arguments change this rule:
 
-    and, each if asked for, in this order:
-
-    ====================================  ==================================================
-    ``weight_decay``                      :math:`g \leftarrow g + \lambda x`, first of all
-    ``centered``                          :math:`s` is the variance: with the mean
-                                          :math:`m \leftarrow \gamma m + (1 - \gamma) g`, it is
-                                          :math:`E|g|^2 - |m|^2`, but never negative
-    ``bias_correction``                   :math:`s` and :math:`m` are divided by the sum of the
-                                          weights of the gradients in them
-    ``eps_in_sqrt=False``                 :math:`\sqrt{s} + \epsilon` for the root
-    ``momentum``                          :math:`b \leftarrow \mu b + \eta g / \sqrt{\cdot}`,
-                                          :math:`x \leftarrow x - b`
-    ``lr_in_momentum=False``              :math:`b \leftarrow \mu b + g / \sqrt{\cdot}`,
-                                          :math:`x \leftarrow x - \eta b`
-    ``nesterov``                          the step and :math:`\mu b` in the place of :math:`b`
-    ``cautious``                          only where the step descends, and there more, so
-                                          that the step keeps its mean size
-    ``decoupled_weight_decay``            :math:`x \leftarrow x - \eta\lambda x` beside the rest,
-                                          in the place of the first line
-    ====================================  ==================================================
+        weight_decay            g <- g + weight_decay x, before all else
+        centered                s is the variance: m <- decay m + (1 - decay) g, and s is the mean
+                                of |g|^2 less |m|^2, computed so that it is never negative
+        bias_correction         s and m are divided by the sum of the weights of the gradients in
+                                them, which grows from 0 to 1
+        eps_in_sqrt=False       u = learning_rate g / (sqrt(s) + eps)
+        momentum                b <- momentum b + u, then x <- x - b
+        nesterov                x <- x - (u + momentum b)
+        cautious                the step acts only where it has the sign of g, and is divided by
+                                the share of the leaf where it has
+        lr_in_momentum=False    u and b are without the learning rate: x <- x - learning_rate b
+        decoupled_weight_decay  x <- x - learning_rate weight_decay x beside the step, instead of
+                                the first line
 
     The arithmetic is in float32, or float64 for float64 parameters, whatever the dtype of the
     gradients. Every gradient that is not NaN gives finite updates and a finite state: 0 / 0 is
     0, and what is beyond the range of a dtype becomes its largest number. An infinite gradient
-    acts like a huge one: its coordinate stands still until s has decayed, about
-    86 / -log(decay) steps (820 at 0.9). A NaN stays NaN, in its own coordinate. To skip steps
-    with either, wrap this in ``optax.apply_if_finite``.
+    acts like a huge one: its coordinate stands still until s has decayed, for about
+    86 / -log(decay) steps (820 at 0.9) if the gradients are then of size 1. A NaN stays NaN, in
+    its own coordinate. To skip steps with either, wrap this in ``optax.apply_if_finite``.
 
-    Any number below may also be a scalar array or a schedule, a function from the number of
-    earlier steps to a number or scalar array; all three give the same bits, and new values of an
-    array compile nothing anew. Python numbers are rounded to the precision of the arithmetic, as
-    an array would be. Only they are checked: an array's value may not be known yet.
+    A centered s goes to 0 where the gradients hardly change, and the step then grows up to
+    learning_rate |g| / sqrt(eps): choose eps accordingly.
+
+    The five hyperparameters that are called a number below may each be a scalar array, or a
+    schedule: a function from the number of earlier steps to a number or scalar array. All three
+    give the same bits, and new values of an array compile nothing anew. Python and NumPy numbers,
+    also those of a schedule, are checked and rounded to the precision of the arithmetic; the
+    values of JAX arrays are not looked at, since they may not be known yet.
 
     Args:
-      learning_rate: size of a step, in units of the parameters. May be 0 or negative.
-      decay: weight of the past in s and m, in [0, 1].
-      eps: at least 0, in units of the gradient squared; of the gradient if outside the root.
-      initial_scale: s before the first step, at least 0, not a schedule. TensorFlow 1 starts
-        at 1, most others at 0.
-      eps_in_sqrt: whether eps is added inside the root or, as in PyTorch, to it.
+      learning_rate: number, in units of the parameters per step. May be 0 or negative.
+      decay: number in [0, 1], the weight of the past in s and m.
+      eps: number of at least 0, in units of the gradient squared; of the gradient if outside
+        the root.
+      initial_scale: s before the first step, at least 0; a number or scalar array. TensorFlow 1
+        starts at 1, most others at 0. With bias_correction it must be 0.
+      eps_in_sqrt: whether eps is added inside the root (TensorFlow, Keras) or to it (PyTorch).
       centered: whether s is the variance of the gradient or its second moment.
-      momentum: weight of the past in b, at least 0; None for no buffer.
-      nesterov: whether to look ahead along the buffer.
-      bias_correction: whether to divide by the sum of the weights, which starts from 0. Exact
-        under a scheduled decay too.
+      momentum: number of at least 0, the weight of the past in the buffer b; None for no buffer.
+      nesterov: whether to look ahead along the buffer; needs momentum.
+      bias_correction: whether to divide by the sum of the weights. Exact under a scheduled decay
+        too. Needs decay below 1.
       lr_in_momentum: whether the learning rate goes into the buffer (TensorFlow, Keras, Optax)
-        or is applied to it (PyTorch). Without momentum, and at a constant learning rate, there
-        is no difference.
-      weight_decay: at least 0, in units of gradient / parameter, or of 1 / parameter unit of
-        the learning rate if decoupled; None for no decay. ``update`` then needs the parameters.
-      decoupled_weight_decay: whether the decay bypasses s and b.
-      cautious: whether to drop the coordinates in which the step has not the gradient's sign.
-        The mean is taken over one leaf.
-      storage: how the slots of the state are held; None for one float32 array each.
+        or is applied to it (PyTorch). The two agree while the learning rate does not change.
+      weight_decay: number of at least 0, in units of gradient / parameter; of 1 / learning_rate
+        if decoupled. None for no decay. ``update`` then needs the parameters.
+      decoupled_weight_decay: whether the decay bypasses s and b; needs weight_decay.
+      cautious: whether to drop the coordinates in which the step has not the gradient's sign;
+        needs momentum.
+      storage: how the slots of the state are held. None for one array each: float32, or float64
+        for float64 parameters.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``. Its state is an :class:`RMSPropState`.
@@ -131,9 +128,9 @@ def rmsprop(
     Raises:
       TypeError: if an argument is of the wrong type, a parameter neither floating nor complex,
         or the state another transformation's.
-      ValueError: if a number is out of range, two arguments contradict each other, the state was
+      ValueError: if a number is out of range, an argument lacks what it needs, the state was
         made with other arguments, or the parameters are missing.
-      AssertionError: if chex finds a gradient, or parameter, that does not fit the state.
+      AssertionError: if chex finds a gradient, or a parameter, that does not fit the state.
 
     Example:
       >>> import jax
@@ -151,7 +148,8 @@ def rmsprop(
       >>> print(f"{x[0]:.4f} {abs(x[1]):.4f}")
       -0.0106 0.0000
 
-    With the defaults it equals ``optax.rmsprop``, whose first nine parameters it has.
+    With its first nine parameters it equals ``optax.rmsprop``, except that updates have the
+    gradients' dtype, where Optax promotes to the wider of gradient and state.
 
     Sources: Hinton, Srivastava and Swersky, "Neural networks for machine learning", lecture 6e,
     2012 (the rule); Graves, arXiv:1308.0850, 2013 (centered, with momentum); Loshchilov and
@@ -265,17 +263,29 @@ def scale_by_rms(
     centered: bool = False,
     storage: Storage | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Divides gradients by the root of a running mean of their squares; no learning rate.
+    """Divides gradients by the root of a running mean of their squares; no learning rate.
 
-    .. math::
-        s &\leftarrow \gamma s + (1 - \gamma) |g|^2 \\
-        u &= g / \sqrt{s + \epsilon}
+        s <- decay s + (1 - decay) |g|^2
+        u  = g / sqrt(s + eps)
 
-    That is :func:`rmsprop` with learning rate -1, which describes the arguments, the dtypes and
-    the errors. It equals ``optax.scale_by_rms`` and, if centered, ``optax.scale_by_stddev``.
+    This is :func:`rmsprop` with a learning rate of -1, and has its dtypes, errors and sources.
+    It equals ``optax.scale_by_rms`` and, if centered, ``optax.scale_by_stddev``.
+
+    Args:
+      decay: number in [0, 1], the weight of the past in s; an array or a schedule, too.
+      eps: number of at least 0, in units of the gradient squared; of the gradient if outside
+        the root. An array or a schedule, too.
+      initial_scale: s before the first step, at least 0; a number or scalar array.
+      eps_in_sqrt: whether eps is added inside the root or to it.
+      bias_correction: whether s is divided by the sum of the weights of the gradients in it.
+      centered: whether s is the variance of the gradient or its second moment.
+      storage: how the slots of the state are held; None for one array each.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` whose state is an :class:`RMSPropState`.
+
+    Raises:
+      TypeError, ValueError, AssertionError: as :func:`rmsprop`.
 
     Example:
       >>> import jax.numpy as jnp
