@@ -104,10 +104,13 @@ def _step(
         ratio = (1 - gamma) / lax.max(gamma, jnp.finfo(real).eps)
         v, s = storage.accumulate(s, gamma, ratio * abs2(g - mean))
 
-    # Never below the smallest normal number: so 0 / 0 is 0, the derivative there is finite, and
-    # where |g|^2 underflows the quotient stays within 1 / sqrt(1 - gamma).
-    root = jnp.sqrt(lax.max(v + eps if variant.eps_in_sqrt else v, tiny))
-    root = root if variant.eps_in_sqrt else root + eps
+    # Never below the smallest normal number: so 0 / 0 is 0, the derivative there is finite (of a
+    # maximum it would be 0 * inf), and where |g|^2 underflows u stays within 1 / sqrt(1 - gamma).
+    if variant.eps_in_sqrt:
+        v = v + eps
+    root = jnp.sqrt(jnp.where(v < tiny, tiny, v))
+    if not variant.eps_in_sqrt:
+        root = root + eps
     u = by_parts(lambda part: part / root, g)
     if variant.lr_in_momentum:
         u = clip(eta * u, largest / 2)
@@ -121,7 +124,7 @@ def _step(
     if not variant.lr_in_momentum:
         u = clip(eta * u, largest / 2)
     if pull is not None and variant.decoupled_weight_decay:
-        u = u + clip(eta * pull, largest / 2)
+        u = clip(u, largest / 2) + clip(eta * pull, largest / 2)
     return narrow(-u, out_dtype), Slots(s, m, b)
 
 

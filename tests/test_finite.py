@@ -75,6 +75,28 @@ def test_extreme_learning_rates(learning_rate, form):
         assert_finite((updates, state), "")
 
 
+@pytest.mark.parametrize("momentum", [1.0, 2.0, 3e38])
+@pytest.mark.parametrize("weight_decay", [1.0, 3e38])
+@pytest.mark.parametrize("learning_rate", [10.0, -3e38, 3e38])
+@pytest.mark.parametrize("form", [{"nesterov": True}, {"lr_in_momentum": False}, {}], ids=str)
+def test_extremes_of_everything(momentum, weight_decay, learning_rate, form):
+    """A saturated buffer beside a saturated decay, in one direction and against each other."""
+    g = hostile("float32")
+    for eps in (0.0, 1e-45, 3e38):
+        tx = rmsprop(
+            learning_rate,
+            eps=eps,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            decoupled_weight_decay=True,
+            **form,
+        )
+        update, state = jax.jit(tx.update), tx.init(g)
+        for i in range(12):
+            updates, state = update(g, state, g if i % 2 else -g)
+            assert_finite((updates, state), "")
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     grads=st.lists(
