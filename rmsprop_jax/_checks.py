@@ -3,7 +3,7 @@
 import functools
 import math
 import numbers
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -55,9 +55,9 @@ def flag(name: str, value: Any) -> bool:
 
 def parameter(path: Any, param: Any) -> None:
     """Refuses a parameter that has no real or complex values to move."""
-    if _form(param)[1] is None:
+    if _form(param).kind is None:
         raise TypeError(
-            f"parameter {name(path)!r} must be floating or complex, got {_describe(param)}; "
+            f"parameter {leaf_name(path)!r} must be floating or complex, got {_describe(param)}; "
             "leave it out with optax.masked or optax.partition"
         )
 
@@ -72,8 +72,9 @@ def instance(name: str, value: Any, protocol: type) -> Any:
 def state(value: Any, kind: Any, in_use: dict[str, bool]) -> None:
     """Refuses what is not a state of a kind, or one whose fields in use are others."""
     if not isinstance(value, kind):
-        raise TypeError(f"state must be a {kind.__name__}, got {type(value).__name__}")
+        raise TypeError(f"state must be of type {kind.__name__}, got {type(value).__name__}")
     for field, used in in_use.items():
+        # Where the parameters are None as a whole, so are all slots.
         if (getattr(value, field) is not None) != used and value.nu is not None:
             raise ValueError(
                 f"state.{field} must {'not ' if used else ''}be None: this state was made by a "
@@ -85,8 +86,8 @@ def columns(grads: Any, trees: dict[str, Any]) -> list[list[Any]]:
     """The leaves of the gradients and of each tree, asserted by chex to belong together.
 
     None is a leaf, and a tree that is None has nothing but such. Each gradient that is not None
-    must be floating or complex, have the shapes of its counterparts and, as nu is real for
-    either, be complex where the others are.
+    must be floating or complex, have the shapes of its counterparts and be complex where they
+    are; nu is real for either. No slot may have been cast to fewer than 32 bits.
     """
     leaves: list[Any]
     structure: Any
@@ -106,11 +107,10 @@ def columns(grads: Any, trees: dict[str, Any]) -> list[list[Any]]:
                 custom_message=f"gradients (tree 0) against {name} (tree 1): "
                 f"missing {sorted(wanted - got)}, unexpected {sorted(got - wanted)}",
             )
-        kind = slice(1 if name == "nu" else 2)  # of nu, only the shape counts
         misfits = [
             i
             for i, (form, other) in enumerate(zip(forms, others, strict=True))
-            if form is not None and (form[1] is None or form[kind] != _form(other)[kind])
+            if form is not None and not _fits(form, _form(other), name)
         ]
         if misfits:
             names = _names(grads)
@@ -126,18 +126,40 @@ def columns(grads: Any, trees: dict[str, Any]) -> list[list[Any]]:
     return found
 
 
-def _form(leaf: Any) -> tuple[tuple[int, ...] | None, type | None]:
-    """A leaf's shape, and float or complex; None for what it has not."""
-    if not hasattr(leaf, "dtype"):
-        return ((), type(leaf)) if isinstance(leaf, float | complex) else (None, None)
-    return leaf.shape, _kind(leaf.dtype)
+class _Form(NamedTuple):
+    """Of a leaf: its shape, float or complex, and whether it has at least 32 bits a real number.
+
+    None for what it has not.
+    """
+
+    shape: tuple[int, ...] | None
+    kind: type | None
+    wide: bool
+
+
+def _form(leaf: Any) -> _Form:
+    if hasattr(leaf, "dtype"):
+        return _Form(leaf.shape, *_kind(leaf.dtype))
+    return _Form((), type(leaf), True) if isinstance(leaf, float | complex) else _NO_FORM
+
+
+_NO_FORM = _Form(None, None, False)
+
+
+def _fits(grad: _Form, other: _Form, name: str) -> bool:
+    if grad.kind is None or other.kind is None or grad.shape != other.shape:
+        return False
+    if name == "nu":
+        return other.wide and other.kind is float
+    return grad.kind is other.kind and (other.wide or name == "params")
 
 
 @functools.cache
-def _kind(dtype: Any) -> type | None:
-    if jnp.issubdtype(dtype, jnp.complexfloating):
-        return complex
-    return float if jnp.issubdtype(dtype, jnp.floating) else None
+def _kind(dtype: Any) -> tuple[type | None, bool]:
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        return None, False
+    kind = complex if jnp.issubdtype(dtype, jnp.complexfloating) else float
+    return kind, jnp.finfo(dtype).bits >= 32
 
 
 def _is_none(leaf: Any) -> bool:
@@ -152,9 +174,9 @@ def _describe(leaf: Any) -> str:
 
 def _names(tree: Any) -> list[str]:
     paths, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_none)
-    return [name(path) for path, _ in paths]
+    return [leaf_name(path) for path, _ in paths]
 
 
-def name(path: Any) -> str:
+def leaf_name(path: Any) -> str:
     """A leaf's place in its tree, as "layer/kernel"; "" for a tree that is one leaf."""
     return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -93,6 +93,7 @@ def _step(
     # A quarter of the root: even the difference of two such numbers can be squared.
     g = clip(g, largest**0.5 / 4)
 
+    # |u| is kept within largest / 2, and within largest once the buffer is in it.
     # Each slot is a sum of new terms, with the addition last: of anything else XLA:CPU keeps
     # a copy, to compute the slot again inside the loop that uses it.
     if m is None:
@@ -134,21 +135,25 @@ def correct_bias(hyper: Hyper, weight_sum: jax.Array) -> tuple[Hyper, jax.Array]
 
         w <- gamma w + (1 - gamma),  gamma_hat = 1 - (1 - gamma) / w
 
-    Exact under a scheduled decay, where dividing by 1 - gamma^t is not. As long as w = 0 there
-    is nothing to divide, and the learning rate is 0.
+    Exact under a scheduled decay, where dividing by 1 - gamma^t is not. As long as w = 0 no
+    gradient has counted, and an infinite eps makes the step 0.
     """
     gamma = hyper.decay.astype(weight_sum.dtype)
     w = gamma * weight_sum + (1 - gamma)
     gamma_hat = 1 - (1 - gamma) / lax.max(w, jnp.finfo(w.dtype).tiny)
-    eta = jnp.where(w > 0, hyper.learning_rate, 0)
-    return hyper._replace(learning_rate=eta, decay=gamma_hat), w
+    eps = jnp.where(w > 0, hyper.eps, jnp.inf)
+    return hyper._replace(eps=eps, decay=gamma_hat), w
 
 
 def _agreement(u: jax.Array, g: jax.Array) -> jax.Array:
-    """Keeps the coordinates in which the step u descends, scaled up by how few they are."""
+    """Keeps the coordinates in which the step u descends, scaled up by how few they are.
+
+    NaN counts as descending, so that it changes nothing elsewhere.
+    """
     if jnp.iscomplexobj(g):
-        descends = (jnp.sign(u) * jnp.conj(jnp.sign(g))).real > 0
+        product = (jnp.sign(u) * jnp.conj(jnp.sign(g))).real
     else:
-        descends = jnp.sign(u) * jnp.sign(g) > 0
+        product = jnp.sign(u) * jnp.sign(g)
+    descends = ~(product <= 0)
     mask = descends.astype(jnp.finfo(u.dtype).dtype)
     return mask / jnp.maximum(jnp.sum(mask) / max(mask.size, 1), 1e-3)

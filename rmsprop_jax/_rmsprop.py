@@ -1,6 +1,7 @@
 """RMSProp on a tree of parameters, as an Optax gradient transformation."""
 
 from collections.abc import Callable
+import contextlib
 from typing import Any, NamedTuple
 
 import jax
@@ -35,7 +36,10 @@ class RMSPropState(NamedTuple):
     weight_sum: jax.Array | None
 
 
-export.register_namedtuple_serialization(RMSPropState, serialized_name="rmsprop_jax.RMSPropState")
+with contextlib.suppress(ValueError):  # registered already, if this module is reloaded
+    export.register_namedtuple_serialization(
+        RMSPropState, serialized_name="rmsprop_jax.RMSPropState"
+    )
 
 
 def rmsprop(
@@ -156,12 +160,12 @@ def rmsprop(
     Hutter, arXiv:1711.05101, 2017 (decoupled weight decay); Liang et al., arXiv:2411.16085, 2024
     (cautious).
     """
-    hyper = _equations.Hyper(learning_rate, decay, eps, momentum, weight_decay)
     hyper = _equations.Hyper(
-        *(
-            None if h is None and name in _OPTIONAL else _checked(name, h)
-            for name, h in hyper._asdict().items()
-        )
+        learning_rate=_checked("learning_rate", learning_rate),
+        decay=_checked("decay", decay),
+        eps=_checked("eps", eps),
+        momentum=None if momentum is None else _checked("momentum", momentum),
+        weight_decay=None if weight_decay is None else _checked("weight_decay", weight_decay),
     )
     initial_scale = _checks.number("initial_scale", initial_scale, 0, schedule=False)
     centered = _checks.flag("centered", centered)
@@ -174,13 +178,13 @@ def rmsprop(
         cautious=_checks.flag("cautious", cautious),
         storage=_checks.instance("storage", FLOAT32 if storage is None else storage, Storage),
     )
-    for needed, given, name in (
-        (nesterov, momentum, "nesterov=True needs momentum"),
-        (cautious, momentum, "cautious=True needs momentum"),
-        (decoupled_weight_decay, weight_decay, "decoupled_weight_decay=True needs weight_decay"),
+    for flag, needed in (
+        ("nesterov", "momentum"),
+        ("cautious", "momentum"),
+        ("decoupled_weight_decay", "weight_decay"),
     ):
-        if needed and given is None:
-            raise ValueError(f"{name}, which is None")
+        if getattr(variant, flag) and getattr(hyper, needed) is None:
+            raise ValueError(f"{flag}=True needs {needed}, which is None")
     if bias_correction and isinstance(hyper.decay, float) and hyper.decay == 1:
         raise ValueError("bias_correction=True needs decay < 1, got 1: no gradient would count")
     if bias_correction and isinstance(initial_scale, float) and initial_scale != 0:
@@ -190,7 +194,8 @@ def rmsprop(
         )
 
     def init(params: optax.Params) -> RMSPropState:
-        jax.tree_util.tree_map_with_path(_checks.parameter, params)
+        for path, param in jax.tree_util.tree_leaves_with_path(params):
+            _checks.parameter(path, param)
 
         def slots(value: Scalar, *, signed: bool) -> Any:
             return jax.tree.map(lambda p: variant.storage.init(p, value, signed=signed), params)
@@ -311,7 +316,6 @@ def scale_by_rms(
 
 _increment = jax.jit(optax.safe_increment)
 _BOUNDS = {"decay": (0, 1), "eps": (0,), "momentum": (0,), "weight_decay": (0,)}
-_OPTIONAL = ("momentum", "weight_decay")
 
 
 def _checked(name: str, value: Any, *, schedule: bool = True) -> Any:

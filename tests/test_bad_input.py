@@ -168,7 +168,7 @@ def test_weight_decay_needs_parameters_that_fit():
 
 def test_states_of_other_transformations():
     g = jnp.ones(2)
-    with pytest.raises(TypeError, match="state must be a RMSPropState, got tuple"):
+    with pytest.raises(TypeError, match="state must be of type RMSPropState, got tuple"):
         rmsprop(0.1).update(g, optax.rmsprop(0.1).init(g))
     for other, field in (
         ({"centered": True}, "mu must be None"),
@@ -193,3 +193,13 @@ def test_nothing_is_refused_when_chex_is_told_so():
             tx.update(jnp.ones((4, 5)), state)
     finally:
         chex.enable_asserts()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int32", "complex64"])
+def test_a_state_cast_to_another_dtype_is_refused(dtype):
+    """As by a cast of a whole train state: the arithmetic would follow the state's dtype."""
+    tx = rmsprop(0.1)
+    state = tx.init({"w": jnp.ones(2)})
+    cast = state._replace(nu={"w": state.nu["w"].astype(dtype)})
+    with pytest.raises(AssertionError, match=rf"w.*gradient float32\[2\], nu {dtype}\[2\]"):
+        tx.update({"w": jnp.ones(2)}, cast)

@@ -17,7 +17,12 @@ FORMS = [
     for eps_in_sqrt, eps, centered, buffer in itertools.product(
         (True, False),
         (1e-8, 0.0),
-        ({}, {"centered": True}, {"bias_correction": True}),
+        (
+            {},
+            {"centered": True},
+            {"bias_correction": True},
+            {"centered": True, "bias_correction": True},
+        ),
         (
             {},
             {"momentum": 0.9, "nesterov": True},
@@ -121,7 +126,13 @@ def test_any_gradients_decay_and_eps(grads, decay, eps, form):
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize(
     "form",
-    [{}, {"centered": True}, {"momentum": 0.9, "nesterov": True}, {"bias_correction": True}],
+    [
+        {},
+        {"centered": True},
+        {"momentum": 0.9, "nesterov": True},
+        {"momentum": 0.9, "cautious": True},
+        {"bias_correction": True},
+    ],
     ids=str,
 )
 def test_one_bad_number_stays_in_its_coordinate(dtype, bad, form):
@@ -134,7 +145,8 @@ def test_one_bad_number_stays_in_its_coordinate(dtype, bad, form):
         for g in (good, good.at[1].set(bad), good):
             updates, state = tx.update(g, state, params)
             expected, clean = tx.update(good, clean, params)
-            np.testing.assert_array_equal(updates[::2], expected[::2])
+            if not (form.get("cautious") and np.isinf(bad)):  # the mean has to change then
+                np.testing.assert_array_equal(updates[::2], expected[::2])
         if np.isnan(bad):
             assert bool(jnp.isnan(updates[1]))
         else:
@@ -189,7 +201,10 @@ def test_the_update_has_finite_derivatives(form):
             total += jnp.sum(updates * jnp.arange(1.0, 6.0))
         return total
 
-    hyper = {"learning_rate": 0.1, "decay": 0.9, "eps": form["eps"]}
+    hyper = {"learning_rate": 0.1, "decay": 0.9}
+    # With eps 0 and the variance 0 of a first step, the derivative by eps really is infinite.
+    if form["eps"] or not (form.get("centered") and form.get("bias_correction")):
+        hyper["eps"] = form["eps"]
     for name in ("momentum", "weight_decay"):
         if name in form:
             hyper[name] = form[name]

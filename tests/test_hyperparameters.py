@@ -204,3 +204,19 @@ def test_scale_by_rms_takes_schedules_too():
     g = jnp.ones(2)
     updates, _ = tx.update(g, tx.init(g))
     np.testing.assert_allclose(updates, 1 / np.sqrt(0.5 + 1e-3), rtol=1e-6)
+
+
+@pytest.mark.parametrize("lr_in_momentum", [True, False])
+def test_a_decay_of_one_at_first_leaves_the_buffer_empty(lr_in_momentum):
+    tx = rmsprop(
+        0.1,
+        decay=lambda count: jnp.where(count < 2, 1.0, 0.9),
+        momentum=0.9,
+        bias_correction=True,
+        lr_in_momentum=lr_in_momentum,
+        eps=0.0,
+    )
+    state = tx.init(jnp.ones(1))
+    for want in (0.0, 0.0, -0.1, -0.19):
+        updates, state = tx.update(jnp.ones(1), state)
+        np.testing.assert_allclose(updates, want, rtol=1e-6)
