@@ -105,11 +105,11 @@ def _step(
         ratio = (1 - gamma) / lax.max(gamma, jnp.finfo(real).eps)
         v, s = storage.accumulate(s, gamma, ratio * abs2(g - mean))
 
-    # Never below the smallest normal number: so 0 / 0 is 0, the derivative there is finite (of a
-    # maximum it would be 0 * inf), and where |g|^2 underflows u stays within 1 / sqrt(1 - gamma).
+    # Never below the smallest normal number: so 0 / 0 is 0, the derivative there is finite (a
+    # maximum's would be 0 * inf), and where |g|^2 underflows u stays within 1 / sqrt(1 - gamma).
     if variant.eps_in_sqrt:
         v = v + eps
-    root = jnp.sqrt(jnp.where(v < tiny, tiny, v))
+    root = jnp.sqrt(lax.clamp(tiny, v, real.type(jnp.inf)))
     if not variant.eps_in_sqrt:
         root = root + eps
     u = by_parts(lambda part: part / root, g)
