@@ -14,22 +14,22 @@ def abs2(z: jax.Array) -> jax.Array:
 
 
 def clip(z: jax.Array, bound: float) -> jax.Array:
-    """Z with its real and imaginary parts within [-bound, bound]; NaN stays NaN."""
+    """The array z with its real and imaginary parts within [-bound, bound]; NaN stays NaN."""
     number = jnp.finfo(z.dtype).dtype.type
     return by_parts(lambda part: lax.clamp(number(-bound), part, number(bound)), z)
 
 
 def by_parts(f: Callable[[jax.Array], jax.Array], z: jax.Array) -> jax.Array:
-    """F of a real array, or of the real and the imaginary part of a complex one."""
+    """The value of f on a real array, or of the real and the imaginary part of a complex one."""
     return lax.complex(f(z.real), f(z.imag)) if jnp.iscomplexobj(z) else f(z)
 
 
 def widen(z: Any, real: jnp.dtype) -> jax.Array:
-    """Z in the precision of the arithmetic, real or complex as it was."""
+    """The array z in the precision of the arithmetic, real or complex as it was."""
     return z.astype(jnp.result_type(real, jnp.complex64) if jnp.iscomplexobj(z) else real)
 
 
 def narrow(z: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Z as dtype; what is beyond its range becomes its largest number."""
+    """The array z as dtype; what is beyond its range becomes its largest number."""
     largest = float(jnp.finfo(dtype).max)
     return (clip(z, largest) if largest < float(jnp.finfo(z.dtype).max) else z).astype(dtype)

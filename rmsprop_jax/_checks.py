@@ -82,8 +82,10 @@ def state(value: Any, kind: Any, in_use: dict[str, bool]) -> None:
             )
 
 
-def columns(grads: Any, trees: dict[str, Any]) -> list[list[Any]]:
+def columns(grads: Any, trees: dict[str, Any]) -> tuple[list[list[Any]], Any]:
     """The leaves of the gradients and of each tree, asserted by chex to belong together.
+
+    Beside them, the structure of the gradients.
 
     None is a leaf, and a tree that is None has nothing but such. Each gradient that is not None
     must be floating or complex, have the shapes of its counterparts and be complex where they
@@ -123,7 +125,7 @@ def columns(grads: Any, trees: dict[str, Any]) -> list[list[Any]]:
                 {names[i]: others[i] for i in misfits},
             )
         found.append(others)
-    return found
+    return found, structure
 
 
 class _Form(NamedTuple):
@@ -140,10 +142,9 @@ class _Form(NamedTuple):
 def _form(leaf: Any) -> _Form:
     if hasattr(leaf, "dtype"):
         return _Form(leaf.shape, *_kind(leaf.dtype))
-    return _Form((), type(leaf), True) if isinstance(leaf, float | complex) else _NO_FORM
-
-
-_NO_FORM = _Form(None, None, False)
+    if isinstance(leaf, float | complex):
+        return _Form((), type(leaf), True)
+    return _Form(None, None, False)
 
 
 def _fits(grad: _Form, other: _Form, name: str) -> bool:

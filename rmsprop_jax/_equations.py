@@ -93,7 +93,6 @@ def _step(
     # A quarter of the root: even the difference of two such numbers can be squared.
     g = clip(g, largest**0.5 / 4)
 
-    # |u| is kept within largest / 2, and within largest once the buffer is in it.
     # Each slot is a sum of new terms, with the addition last: of anything else XLA:CPU keeps
     # a copy, to compute the slot again inside the loop that uses it.
     if m is None:
@@ -112,6 +111,7 @@ def _step(
     root = jnp.sqrt(lax.clamp(tiny, v, real.type(jnp.inf)))
     if not variant.eps_in_sqrt:
         root = root + eps
+    # From here |u| stays within largest / 2, and within largest once the buffer is in it.
     u = by_parts(lambda part: part / root, g)
     if variant.lr_in_momentum:
         u = clip(eta * u, largest / 2)

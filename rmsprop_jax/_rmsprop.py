@@ -224,9 +224,8 @@ def rmsprop(
         elif params is None:
             raise ValueError("weight_decay needs the parameters: call update(grads, state, params)")
 
-        structure: Any = jax.tree.structure(updates, is_leaf=lambda leaf: leaf is None)
         trees = {"params": params, "nu": state.nu, "mu": state.mu, "trace": state.trace}
-        columns = _checks.columns(updates, trees)
+        columns, structure = _checks.columns(updates, trees)
         # A schedule may mix dtypes as it likes, whatever the user asks of his own code.
         with jax.numpy_dtype_promotion("standard"):
             scalars = _equations.Hyper(

@@ -27,7 +27,7 @@ class Storage(Protocol):
     def accumulate(
         self, slot: Slot, decay: jax.Array, term: jax.Array, bound: float | None = None
     ) -> tuple[jax.Array, Slot]:
-        """Decay * slot + term, the product kept within a bound, as an array and as a slot."""
+        """The sum decay * slot + term, that product within a bound, as an array and as a slot."""
 
 
 class Float32:
