@@ -19,9 +19,15 @@ def clip(z: jax.Array, bound: float) -> jax.Array:
     return by_parts(lambda part: lax.clamp(number(-bound), part, number(bound)), z)
 
 
-def by_parts(f: Callable[[jax.Array], jax.Array], z: jax.Array) -> jax.Array:
-    """The value of f on a real array, or of the real and the imaginary part of a complex one."""
-    return lax.complex(f(z.real), f(z.imag)) if jnp.iscomplexobj(z) else f(z)
+def by_parts(f: Callable[..., jax.Array], *zs: jax.Array) -> jax.Array:
+    """The value of f on real arrays; of the real and of the imaginary parts, if one is complex.
+
+    A real array then counts for both.
+    """
+    if not any(map(jnp.iscomplexobj, zs)):
+        return f(*zs)
+    imaginary = (z.imag if jnp.iscomplexobj(z) else z for z in zs)
+    return lax.complex(f(*(z.real for z in zs)), f(*imaginary))
 
 
 def widen(z: Any, real: jnp.dtype) -> jax.Array:

@@ -1,5 +1,6 @@
 """What a caller may pass. Anything else is refused here, by name, before anything changes."""
 
+from collections.abc import Collection
 import functools
 import math
 import numbers
@@ -13,18 +14,22 @@ import numpy as np
 LARGEST = float(np.finfo(np.float32).max)
 
 
+# Of the numbers that have bounds, under the names that this library and others give them.
+_BOUNDS: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("decay", "alpha", "rho", "gamma"), (0, 1)),
+    **dict.fromkeys(("eps", "epsilon", "momentum", "weight_decay"), (0, math.inf)),
+    **dict.fromkeys(("initial_scale", "lr"), (0, math.inf)),
+}
+
+
 def number(
-    name: str,
-    value: Any,
-    low: float = -math.inf,
-    high: float = math.inf,
-    *,
-    schedule: bool = True,
+    name: str, value: Any, bounds: tuple[float, float] | None = None, *, schedule: bool = True
 ) -> Any:
-    """value, as a float if it is a Python or NumPy number, which must lie within the bounds.
+    """value, as a float if it is a Python or NumPy number, which must lie within its bounds.
 
     What a JAX array or a schedule will hold may not be known yet: those pass unread.
     """
+    low, high = bounds or _BOUNDS.get(name, (-math.inf, math.inf))
     if schedule and callable(value):
         return value
     if isinstance(value, jax.Array | np.ndarray | np.generic):
@@ -82,14 +87,17 @@ def state(value: Any, kind: Any, in_use: dict[str, bool]) -> None:
             )
 
 
-def columns(grads: Any, trees: dict[str, Any]) -> tuple[list[list[Any]], Any]:
+def columns(
+    grads: Any, trees: dict[str, Any], *, real: Collection[str]
+) -> tuple[list[list[Any]], Any]:
     """The leaves of the gradients and of each tree, asserted by chex to belong together.
 
     Beside them, the structure of the gradients.
 
     None is a leaf, and a tree that is None has nothing but such. Each gradient that is not None
     must be floating or complex, have the shapes of its counterparts and be complex where they
-    are; nu is real for either. No slot may have been cast to fewer than 32 bits.
+    are; the trees named in real are real for either. No slot may have been cast to fewer than 32
+    bits.
     """
     leaves: list[Any]
     structure: Any
@@ -112,7 +120,7 @@ def columns(grads: Any, trees: dict[str, Any]) -> tuple[list[list[Any]], Any]:
         misfits = [
             i
             for i, (form, other) in enumerate(zip(forms, others, strict=True))
-            if form is not None and not _fits(form, _form(other), name)
+            if form is not None and not _fits(form, _form(other), name in real, name == "params")
         ]
         if misfits:
             names = _names(grads)
@@ -147,12 +155,10 @@ def _form(leaf: Any) -> _Form:
     return _Form(None, None, False)
 
 
-def _fits(grad: _Form, other: _Form, name: str) -> bool:
+def _fits(grad: _Form, other: _Form, real: bool, narrow: bool) -> bool:
     if grad.kind is None or other.kind is None or grad.shape != other.shape:
         return False
-    if name == "nu":
-        return other.wide and other.kind is float
-    return grad.kind is other.kind and (other.wide or name == "params")
+    return other.kind is (float if real else grad.kind) and (other.wide or narrow)
 
 
 @functools.cache

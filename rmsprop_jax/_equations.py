@@ -41,6 +41,8 @@ class Variant(NamedTuple):
     lr_in_momentum: bool
     decoupled_weight_decay: bool
     cautious: bool
+    maximize: bool
+    split_complex: bool
     storage: Storage
 
 
@@ -82,11 +84,12 @@ def _step(
     storage = variant.storage
     real = storage.dtype(s)
     tiny, largest = jnp.finfo(real).tiny, float(jnp.finfo(real).max)
+    square = functools.partial(by_parts, lax.square) if variant.split_complex else abs2
     scalars: list[Any] = [h if h is None else h.astype(real) for h in hyper]
     eta, gamma, eps, mu, lam = scalars
 
     out_dtype = g.dtype
-    g = widen(g, real)
+    g = widen(-g if variant.maximize else g, real)
     pull = None if lam is None else clip(lam * widen(x, real), largest)
     if pull is not None and not variant.decoupled_weight_decay:
         g = g + pull
@@ -96,23 +99,24 @@ def _step(
     # Each slot is a sum of new terms, with the addition last: of anything else XLA:CPU keeps
     # a copy, to compute the slot again inside the loop that uses it.
     if m is None:
-        v, s = storage.accumulate(s, gamma, (1 - gamma) * abs2(g))
+        v, s = storage.accumulate(s, gamma, (1 - gamma) * square(g))
     else:
         # E|g|^2 - |m|^2 as a sum of squares. As g - mean = gamma (g - m), the last term is
         # gamma (1 - gamma) |g - m|^2; it vanishes with gamma, where the bound acts.
         mean, m = storage.accumulate(m, gamma, (1 - gamma) * g)
         ratio = (1 - gamma) / lax.max(gamma, jnp.finfo(real).eps)
-        v, s = storage.accumulate(s, gamma, ratio * abs2(g - mean))
+        v, s = storage.accumulate(s, gamma, ratio * square(g - mean))
 
-    # Never below the smallest normal number: so 0 / 0 is 0, the derivative there is finite (a
-    # maximum's would be 0 * inf), and where |g|^2 underflows u stays within 1 / sqrt(1 - gamma).
-    if variant.eps_in_sqrt:
-        v = v + eps
-    root = jnp.sqrt(lax.clamp(tiny, v, real.type(jnp.inf)))
-    if not variant.eps_in_sqrt:
-        root = root + eps
+    def root(v: jax.Array) -> jax.Array:
+        # Never below the smallest normal number: so 0 / 0 is 0, the derivative there is finite (a
+        # maximum's would be 0 * inf), and where |g|^2 underflows u stays within 1/sqrt(1 - gamma).
+        if variant.eps_in_sqrt:
+            v = v + eps
+        r = jnp.sqrt(lax.clamp(tiny, v, real.type(jnp.inf)))
+        return r if variant.eps_in_sqrt else r + eps
+
     # From here |u| stays within largest / 2, and within largest once the buffer is in it.
-    u = by_parts(lambda part: part / root, g)
+    u = by_parts(lambda part, v: part / root(v), g, v)
     if variant.lr_in_momentum:
         u = clip(eta * u, largest / 2)
     if b is not None:

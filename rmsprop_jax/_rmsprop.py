@@ -1,45 +1,10 @@
-"""RMSProp on a tree of parameters, as an Optax gradient transformation."""
+"""RMSProp as an Optax gradient transformation: the two functions that users call."""
 
-from collections.abc import Callable
-import contextlib
-from typing import Any, NamedTuple
-
-import jax
-from jax import export
-import jax.numpy as jnp
 import optax
 
 from rmsprop_jax import _checks, _equations
+from rmsprop_jax._rule import Rule, Scalar, ScalarOrSchedule
 from rmsprop_jax._storage import FLOAT32, Storage
-
-Scalar = float | jax.Array
-ScalarOrSchedule = Scalar | Callable[[jax.Array], Any]
-
-
-class RMSPropState(NamedTuple):
-    """What RMSProp remembers from step to step; what is not in use is None as a whole.
-
-    Attributes:
-      count: steps taken, an int32 scalar that stops at its largest value.
-      nu: second moment of the gradient, or its variance if centered. A tree like the
-        parameters, placed like them; real; float32, or float64 for float64 parameters.
-      mu: mean of the gradient, if centered. Like nu, but complex where a parameter is.
-      trace: momentum buffer, if there is momentum. Like mu; the parameters move against it.
-      weight_sum: sum of the weights of the gradients in nu, if the bias is corrected. A scalar
-        of the widest dtype in nu.
-    """
-
-    count: jax.Array  # type: ignore[assignment] # hides tuple's method, as Optax's states do
-    nu: Any
-    mu: Any
-    trace: Any
-    weight_sum: jax.Array | None
-
-
-with contextlib.suppress(ValueError):  # registered already, if this module is reloaded
-    export.register_namedtuple_serialization(
-        RMSPropState, serialized_name="rmsprop_jax.RMSPropState"
-    )
 
 
 def rmsprop(
@@ -57,6 +22,8 @@ def rmsprop(
     weight_decay: ScalarOrSchedule | None = None,
     decoupled_weight_decay: bool = False,
     cautious: bool = False,
+    maximize: bool = False,
+    split_complex: bool = False,
     storage: Storage | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """RMSProp: gradients are divided by the root of a running mean of their squares.
@@ -67,7 +34,8 @@ def rmsprop(
 
     for a gradient g and a parameter x. The other arguments change this rule:
 
-        weight_decay            g <- g + weight_decay x, before all else
+        maximize                g <- -g, before all else
+        weight_decay            g <- g + weight_decay x, then
         centered                s is the variance: m <- decay m + (1 - decay) g, and s is the mean
                                 of |g|^2 less |m|^2, computed so that it is never negative
         bias_correction         s and m are divided by the sum of the weights of the gradients in
@@ -79,7 +47,9 @@ def rmsprop(
                                 the share of the leaf where it has
         lr_in_momentum=False    u and b are without the learning rate: x <- x - learning_rate b
         decoupled_weight_decay  x <- x - learning_rate weight_decay x beside the step, instead of
-                                the first line
+                                adding to g
+        split_complex           real and imaginary parts go their ways as two real numbers would:
+                                |g|^2 is then the square of each
 
     The arithmetic is in float32, or float64 for float64 parameters, whatever the dtype of the
     gradients. Every gradient that is not NaN gives finite updates and a finite state: 0 / 0 is
@@ -117,6 +87,11 @@ def rmsprop(
       decoupled_weight_decay: whether the decay bypasses s and b; needs weight_decay.
       cautious: whether to drop the coordinates in which the step has not the gradient's sign;
         needs momentum.
+      maximize: whether to climb. Unlike with a negative learning rate, weight decay still pulls
+        towards 0.
+      split_complex: whether complex parameters count as pairs of real ones (PyTorch) or by their
+        modulus (Optax). nu is then complex where a parameter is. Agreement in sign, for
+        cautious, is that of the complex numbers in either case: an acute angle.
       storage: how the slots of the state are held. None for one array each: float32, or float64
         for float64 parameters.
 
@@ -126,8 +101,8 @@ def rmsprop(
       ``update`` takes gradients of the same structure and shapes, of any floating dtype
       (complex for complex parameters), and gives updates in the gradients' dtypes, for
       ``optax.apply_updates``. A gradient of None gives the update None and leaves its state.
-      Complex gradients count by their modulus. As everywhere in Optax, they are those that
-      point uphill: the conjugates of what ``jax.grad`` gives.
+      Complex gradients are, as everywhere in Optax, those that point uphill: the conjugates of
+      what ``jax.grad`` gives.
 
     Raises:
       TypeError: if an argument is of the wrong type, a parameter neither floating nor complex,
@@ -160,31 +135,34 @@ def rmsprop(
     Hutter, arXiv:1711.05101, 2017 (decoupled weight decay); Liang et al., arXiv:2411.16085, 2024
     (cautious).
     """
+    number, flag = _checks.number, _checks.flag
     hyper = _equations.Hyper(
-        learning_rate=_checked("learning_rate", learning_rate),
-        decay=_checked("decay", decay),
-        eps=_checked("eps", eps),
-        momentum=None if momentum is None else _checked("momentum", momentum),
-        weight_decay=None if weight_decay is None else _checked("weight_decay", weight_decay),
+        learning_rate=number("learning_rate", learning_rate),
+        decay=number("decay", decay),
+        eps=number("eps", eps),
+        momentum=None if momentum is None else number("momentum", momentum),
+        weight_decay=None if weight_decay is None else number("weight_decay", weight_decay),
     )
-    initial_scale = _checks.number("initial_scale", initial_scale, 0, schedule=False)
-    centered = _checks.flag("centered", centered)
-    bias_correction = _checks.flag("bias_correction", bias_correction)
+    initial_scale = number("initial_scale", initial_scale, schedule=False)
+    centered = flag("centered", centered)
+    bias_correction = flag("bias_correction", bias_correction)
     variant = _equations.Variant(
-        eps_in_sqrt=_checks.flag("eps_in_sqrt", eps_in_sqrt),
-        nesterov=_checks.flag("nesterov", nesterov),
-        lr_in_momentum=_checks.flag("lr_in_momentum", lr_in_momentum),
-        decoupled_weight_decay=_checks.flag("decoupled_weight_decay", decoupled_weight_decay),
-        cautious=_checks.flag("cautious", cautious),
+        eps_in_sqrt=flag("eps_in_sqrt", eps_in_sqrt),
+        nesterov=flag("nesterov", nesterov),
+        lr_in_momentum=flag("lr_in_momentum", lr_in_momentum),
+        decoupled_weight_decay=flag("decoupled_weight_decay", decoupled_weight_decay),
+        cautious=flag("cautious", cautious),
+        maximize=flag("maximize", maximize),
+        split_complex=flag("split_complex", split_complex),
         storage=_checks.instance("storage", FLOAT32 if storage is None else storage, Storage),
     )
-    for flag, needed in (
+    for name, needed in (
         ("nesterov", "momentum"),
         ("cautious", "momentum"),
         ("decoupled_weight_decay", "weight_decay"),
     ):
-        if getattr(variant, flag) and getattr(hyper, needed) is None:
-            raise ValueError(f"{flag}=True needs {needed}, which is None")
+        if getattr(variant, name) and getattr(hyper, needed) is None:
+            raise ValueError(f"{name}=True needs {needed}, which is None")
     if bias_correction and isinstance(hyper.decay, float) and hyper.decay == 1:
         raise ValueError("bias_correction=True needs decay < 1, got 1: no gradient would count")
     if bias_correction and isinstance(initial_scale, float) and initial_scale != 0:
@@ -193,68 +171,8 @@ def rmsprop(
             f"got {initial_scale}"
         )
 
-    def init(params: optax.Params) -> RMSPropState:
-        for path, param in jax.tree_util.tree_leaves_with_path(params):
-            _checks.parameter(path, param)
-
-        def slots(value: Scalar, *, signed: bool) -> Any:
-            return jax.tree.map(lambda p: variant.storage.init(p, value, signed=signed), params)
-
-        nu = slots(initial_scale, signed=False)
-        widest = jnp.result_type(jnp.float32, *map(variant.storage.dtype, jax.tree.leaves(nu)))
-        return RMSPropState(
-            count=jnp.zeros([], jnp.int32),
-            nu=nu,
-            mu=slots(0.0, signed=True) if centered else None,
-            trace=slots(0.0, signed=True) if momentum is not None else None,
-            weight_sum=jnp.zeros([], widest) if bias_correction else None,
-        )
-
-    def update(
-        updates: optax.Updates,
-        state: RMSPropState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, RMSPropState]:
-        del extra_args
-        in_use = {"mu": centered, "trace": momentum is not None, "weight_sum": bias_correction}
-        _checks.state(state, RMSPropState, in_use)
-        if weight_decay is None:
-            params = None
-        elif params is None:
-            raise ValueError("weight_decay needs the parameters: call update(grads, state, params)")
-
-        trees = {"params": params, "nu": state.nu, "mu": state.mu, "trace": state.trace}
-        columns, structure = _checks.columns(updates, trees)
-        # A schedule may mix dtypes as it likes, whatever the user asks of his own code.
-        with jax.numpy_dtype_promotion("standard"):
-            scalars = _equations.Hyper(
-                *(_at(state.count, name, h) for name, h in hyper._asdict().items())
-            )
-            weight_sum = state.weight_sum
-            if weight_sum is not None:
-                scalars, weight_sum = _equations.correct_bias(scalars, weight_sum)
-            steps, slots = [], []
-            for g, x, *old in zip(*columns, strict=True):
-                if g is None:
-                    u, new = None, _equations.Slots(*old)
-                else:
-                    u, new = _equations.step(g, x, _equations.Slots(*old), scalars, variant)
-                steps.append(u)
-                slots.append(new)
-
-        def tree_of(field: str) -> Any:
-            return structure.unflatten([getattr(slot, field) for slot in slots])
-
-        return structure.unflatten(steps), RMSPropState(
-            count=_increment(state.count),
-            nu=tree_of("nu"),
-            mu=tree_of("mu") if centered else None,
-            trace=tree_of("trace") if momentum is not None else None,
-            weight_sum=weight_sum,
-        )
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    rule = Rule(hyper, variant, initial_scale, centered, bias_correction)
+    return optax.GradientTransformationExtraArgs(rule.init, rule.update)
 
 
 def scale_by_rms(
@@ -311,18 +229,3 @@ def scale_by_rms(
         bias_correction=bias_correction,
         storage=storage,
     )
-
-
-_increment = jax.jit(optax.safe_increment)
-_BOUNDS = {"decay": (0, 1), "eps": (0,), "momentum": (0,), "weight_decay": (0,)}
-
-
-def _checked(name: str, value: Any, *, schedule: bool = True) -> Any:
-    return _checks.number(name, value, *_BOUNDS.get(name, ()), schedule=schedule)
-
-
-def _at(count: jax.Array, name: str, value: Any) -> jax.Array | None:
-    """A hyperparameter in the step after count others, as an array."""
-    if callable(value):
-        value = _checked(name, value(count), schedule=False)
-    return jnp.asarray(value, float) if isinstance(value, float) else value

@@ -18,11 +18,14 @@ Slot = Any  # an array; a storage of few bits may need more than one
 class Storage(Protocol):
     """Hashable, as a static argument must be; not callable, since callables are schedules."""
 
-    def init(self, param: jax.Array, value: Any, *, signed: bool) -> Slot:
-        """A slot full of value, placed like param; complex if signed and param is."""
+    def init(self, param: jax.Array, value: Any, *, signed: bool, real: bool = False) -> Slot:
+        """A slot full of value, placed like param; complex if param is, unless it must be real.
+
+        Both parts of a complex slot are value. What is not signed never falls below 0.
+        """
 
     def dtype(self, slot: Slot) -> jnp.dtype:
-        """The dtype of the arithmetic on a slot that is not complex: float32 or float64."""
+        """The dtype of the arithmetic on a slot's real numbers: float32 or float64."""
 
     def accumulate(
         self, slot: Slot, decay: jax.Array, term: jax.Array, bound: float | None = None
@@ -33,11 +36,19 @@ class Storage(Protocol):
 class Float32:
     """One array a slot: float32, or float64 for a float64 parameter."""
 
-    def init(self, param: jax.Array, value: Any, *, signed: bool) -> jax.Array:
+    def init(
+        self,
+        param: jax.Array,
+        value: Any,
+        *,
+        signed: bool,  # noqa: ARG002
+        real: bool = False,
+    ) -> jax.Array:
         wide = jnp.finfo(jnp.result_type(param)).bits > 32
         dtype = jnp.float64 if wide else jnp.float32
-        if signed and jnp.iscomplexobj(param):
+        if jnp.iscomplexobj(param) and not real:
             dtype = jnp.complex128 if wide else jnp.complex64
+            value = value * (1 + 1j)
         if not isinstance(param, jax.core.Tracer):
             return jnp.full_like(param, value, dtype=dtype)
         # A traced constant depends on no parameter and could be placed anywhere. These zeros
@@ -46,7 +57,7 @@ class Float32:
         return zeros + jnp.asarray(value, dtype)
 
     def dtype(self, slot: jax.Array) -> jnp.dtype:
-        return slot.dtype
+        return jnp.finfo(slot.dtype).dtype
 
     def accumulate(
         self, slot: jax.Array, decay: jax.Array, term: jax.Array, bound: float | None = None

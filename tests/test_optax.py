@@ -226,6 +226,12 @@ def test_extra_arguments_are_ignored():
 
 
 def test_public_names():
-    assert set(rmsprop_jax.__all__) == {"RMSPropState", "rmsprop", "scale_by_rms"}
+    assert set(rmsprop_jax.__all__) == {
+        "RMSPropState",
+        "describe",
+        "dialects",
+        "rmsprop",
+        "scale_by_rms",
+    }
     for name in rmsprop_jax.__all__:
         assert getattr(rmsprop_jax, name).__doc__

@@ -12,7 +12,7 @@ import pytest
 import rmsprop_jax
 
 ROOT = Path(__file__).parents[1]
-SOURCES = sorted((ROOT / "rmsprop_jax").glob("*.py"))
+SOURCES = sorted((ROOT / "rmsprop_jax").rglob("*.py"))
 
 
 def test_the_wheel_installs_and_imports_in_a_clean_environment(tmp_path):
@@ -56,6 +56,29 @@ rmsprop_jax.rmsprop(0.1).init(1.0)
     assert finished.returncode == 0, finished.stderr
 
 
+ORDER = [
+    "_arrays",
+    "_storage",
+    "_equations",
+    "_checks",
+    "_rule",
+    "_rmsprop",
+    "_describe",
+    "dialects._arguments",
+    "dialects._others",
+    "dialects._tensorflow",
+    "dialects._torch",
+    "dialects",
+    "",
+]
+
+
+def name_of(source):
+    """A module's name below rmsprop_jax; "" for the package itself."""
+    parts = source.relative_to(ROOT / "rmsprop_jax").with_suffix("").parts
+    return ".".join(parts).removesuffix("__init__").removesuffix(".")
+
+
 def imports(source):
     """The modules of the package that a module imports."""
     for node in ast.walk(ast.parse(source.read_text())):
@@ -65,14 +88,22 @@ def imports(source):
             yield node.module.removeprefix("rmsprop_jax.")
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("source", SOURCES, ids=name_of)
 def test_imports_run_one_way(source):
-    """Each module imports only what comes before it in this list."""
-    order = ["_arrays", "_storage", "_equations", "_checks", "_rmsprop", "__init__"]
-    assert set(imports(source)) <= set(order[: order.index(source.stem)])
+    """Each module imports only what comes before it in the list."""
+    name = name_of(source)
+    assert set(imports(source)) <= set(ORDER[: ORDER.index(name)])
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("source", SOURCES, ids=name_of)
+def test_siblings_do_not_import_each_other(source):
+    folder, _, name = name_of(source).rpartition(".")
+    if folder and name != "_arguments":
+        siblings = {i for i in imports(source) if i.startswith(f"{folder}.")}
+        assert siblings <= {f"{folder}._arguments"}
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=name_of)
 def test_importing_needs_the_runtime_dependencies_only(source):
     allowed = {"rmsprop_jax", "jax", "optax", "chex", "numpy", *sys.stdlib_module_names}
     for node in ast.walk(ast.parse(source.read_text())):

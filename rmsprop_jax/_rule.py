@@ -1,0 +1,137 @@
+"""A rule lifted from one array to a tree of parameters: what the rule is, init and update."""
+
+from collections.abc import Callable
+import contextlib
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+from jax import export
+import jax.numpy as jnp
+import optax
+
+from rmsprop_jax import _checks, _equations
+
+Scalar = float | jax.Array
+ScalarOrSchedule = Scalar | Callable[[jax.Array], Any]
+
+
+class RMSPropState(NamedTuple):
+    """What RMSProp remembers from step to step; what is not in use is None as a whole.
+
+    Attributes:
+      count: steps taken, an int32 scalar that stops at its largest value.
+      nu: second moment of the gradient, or its variance if centered. A tree like the
+        parameters, placed like them; float32, or float64 for float64 parameters; real, unless
+        the parts of complex numbers are split.
+      mu: mean of the gradient, if centered. Like nu, but complex where a parameter is complex.
+      trace: momentum buffer, if there is momentum. Like mu; the parameters move against it.
+      weight_sum: sum of the weights of the gradients in nu, if the bias is corrected. A scalar
+        of the widest dtype in nu.
+    """
+
+    count: jax.Array  # type: ignore[assignment] # hides tuple's method, as Optax's states do
+    nu: Any
+    mu: Any
+    trace: Any
+    weight_sum: jax.Array | None
+
+
+with contextlib.suppress(ValueError):  # registered already, if this module is reloaded
+    export.register_namedtuple_serialization(
+        RMSPropState, serialized_name="rmsprop_jax.RMSPropState"
+    )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rule:
+    """Which RMSProp, with which numbers. Its methods are the two functions of a transformation."""
+
+    hyper: _equations.Hyper  # floats, arrays, schedules, or None for a term that is not there
+    variant: _equations.Variant
+    initial_scale: Scalar
+    centered: bool
+    bias_correction: bool
+
+    def init(self, params: optax.Params) -> RMSPropState:
+        for path, param in jax.tree_util.tree_leaves_with_path(params):
+            _checks.parameter(path, param)
+        storage = self.variant.storage
+
+        def slots(value: Scalar, *, signed: bool) -> Any:
+            real = not signed and not self.variant.split_complex
+            return jax.tree.map(lambda p: storage.init(p, value, signed=signed, real=real), params)
+
+        in_use = self._slots_in_use()
+        nu = slots(self.initial_scale, signed=False)
+        widest = jnp.result_type(jnp.float32, *map(storage.dtype, jax.tree.leaves(nu)))
+        return RMSPropState(
+            count=jnp.zeros([], jnp.int32),
+            nu=nu,
+            mu=slots(0.0, signed=True) if in_use["mu"] else None,
+            trace=slots(0.0, signed=True) if in_use["trace"] else None,
+            weight_sum=jnp.zeros([], widest) if in_use["weight_sum"] else None,
+        )
+
+    def update(
+        self,
+        updates: optax.Updates,
+        state: RMSPropState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, RMSPropState]:
+        del extra_args
+        in_use = self._slots_in_use()
+        _checks.state(state, RMSPropState, in_use)
+        if self.hyper.weight_decay is None:
+            params = None
+        elif params is None:
+            raise ValueError("weight_decay needs the parameters: call update(grads, state, params)")
+
+        trees = {"params": params, "nu": state.nu, "mu": state.mu, "trace": state.trace}
+        real = () if self.variant.split_complex else ("nu",)
+        columns, structure = _checks.columns(updates, trees, real=real)
+        # A schedule may mix dtypes as it likes, whatever the user asks of his own code.
+        with jax.numpy_dtype_promotion("standard"):
+            scalars = _equations.Hyper(
+                *(_at(state.count, name, h) for name, h in self.hyper._asdict().items())
+            )
+            weight_sum = state.weight_sum
+            if weight_sum is not None:
+                scalars, weight_sum = _equations.correct_bias(scalars, weight_sum)
+            steps, slots = [], []
+            for g, x, *old in zip(*columns, strict=True):
+                if g is None:
+                    u, new = None, _equations.Slots(*old)
+                else:
+                    u, new = _equations.step(g, x, _equations.Slots(*old), scalars, self.variant)
+                steps.append(u)
+                slots.append(new)
+
+        def tree_of(field: str) -> Any:
+            return structure.unflatten([getattr(slot, field) for slot in slots])
+
+        return structure.unflatten(steps), RMSPropState(
+            count=_increment(state.count),
+            nu=tree_of("nu"),
+            mu=tree_of("mu") if in_use["mu"] else None,
+            trace=tree_of("trace") if in_use["trace"] else None,
+            weight_sum=weight_sum,
+        )
+
+    def _slots_in_use(self) -> dict[str, bool]:
+        return {
+            "mu": self.centered,
+            "trace": self.hyper.momentum is not None,
+            "weight_sum": self.bias_correction,
+        }
+
+
+_increment = jax.jit(optax.safe_increment)
+
+
+def _at(count: jax.Array, name: str, value: Any) -> jax.Array | None:
+    """A hyperparameter in the step after count others, as an array."""
+    if callable(value):
+        value = _checks.number(name, value(count), schedule=False)
+    return jnp.asarray(value, float) if isinstance(value, float) else value

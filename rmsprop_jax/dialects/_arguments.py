@@ -1,0 +1,36 @@
+"""What all dialects do with their arguments."""
+
+import numbers
+from typing import Any
+
+from rmsprop_jax import _checks
+
+
+def checked(**arguments: Any) -> list[Any]:
+    """The arguments, checked under the names that their framework gives them.
+
+    A schedule is one that checks its values under that name, too.
+    """
+    return [_checked(name, value) for name, value in arguments.items()]
+
+
+def unless_0(value: Any) -> Any:
+    """value, or None, for a term that is absent, if it is the number 0."""
+    return None if isinstance(value, numbers.Real) and value == 0 else value
+
+
+def at(value: Any, count: Any) -> Any:
+    """The value of a number, array or schedule after count steps."""
+    return value(count) if callable(value) else value
+
+
+def refuse_int(name: str, value: Any) -> None:
+    """Refuses the whole numbers that some frameworks do not take for a learning rate."""
+    if isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be a float, as there, got {value!r}")
+
+
+def _checked(name: str, value: Any) -> Any:
+    if callable(value):
+        return lambda count: _checks.number(name, value(count), schedule=False)
+    return _checks.number(name, value)
