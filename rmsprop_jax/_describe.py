@@ -18,7 +18,7 @@ def describe(tx: optax.GradientTransformation) -> str:
         ``optax.chain``, ``optax.partition`` and other wrappers that are given it ready-made.
 
     Returns:
-      A line for each equation, in the order in which they act, then the start values and the
+      A line for each equation, in the order in which they act, then the start value and the
       hyperparameters. One such paragraph for each RMSProp that is found.
 
     Raises:
@@ -30,11 +30,13 @@ def describe(tx: optax.GradientTransformation) -> str:
       s <- decay s + (1 - decay) g^2
       b <- momentum b + g / (sqrt(s) + eps)
       x <- x - learning_rate b
-      from s = 0, with learning_rate 0.01, decay 0.99, eps 1e-08, momentum 0.9
+      from s = 0
+      with learning_rate 0.01, decay 0.99, eps 1e-08, momentum 0.9
       >>> print(describe(dialects.tensorflow_v1(lambda count: 0.01 / (1 + count))))
       s <- decay s + (1 - decay) |g|^2
       x <- x - learning_rate g / sqrt(s + eps)
-      from s = 1, with learning_rate scheduled, decay 0.9, eps 1e-10
+      from s = 1
+      with learning_rate scheduled, decay 0.9, eps 1e-10
     """
     found = {id(rule): rule for rule in _rules(getattr(tx, "update", None), set())}
     if not found:
@@ -78,9 +80,9 @@ def _paragraph(rule: Rule) -> str:
     lines.append(f"x <- x - {outside}{step}{decay}")
 
     numbers = ", ".join(f"{n} {_value(h)}" for n, h in hyper._asdict().items() if h is not None)
-    lines.append(f"from {average} = {_value(rule.initial_scale)}, with {numbers}")
+    lines += [f"from {average} = {_value(rule.initial_scale)}", f"with {numbers}"]
     if variant.storage is not FLOAT32:
-        lines[-1] += f", held by {variant.storage!r}"
+        lines.append(f"held by {variant.storage!r}")
     return "\n".join(lines)
 
 

@@ -25,9 +25,18 @@ def run(
     weight_decay=None,
     decoupled_weight_decay=False,
     cautious=False,
+    maximize=False,
+    split_complex=False,
     dtype=np.longdouble,
 ):
     """The updates of every step; a hyperparameter is a number or one number a step."""
+    if split_complex and np.iscomplexobj(gradients[0]):
+        options = {k: v for k, v in locals().items() if k not in ("gradients", "x")}
+        parts = [
+            run([part(g) for g in gradients], None if x is None else part(x), **options)
+            for part in (np.real, np.imag)
+        ]
+        return [real + 1j * imaginary for real, imaginary in zip(*parts, strict=True)]
     wide = np.result_type(dtype, np.complex64) if np.iscomplexobj(gradients[0]) else dtype
     gradients = [np.asarray(g, wide) for g in gradients]
     x = np.zeros_like(gradients[0]) if x is None else np.asarray(x, wide)
@@ -40,6 +49,8 @@ def run(
 
     for t, g in enumerate(gradients):
         eta, gamma, epsilon = at(learning_rate, t), at(decay, t), at(eps, t)
+        if maximize:
+            g = -g
         if weight_decay is not None and not decoupled_weight_decay:
             g = g + at(weight_decay, t) * x
         history.append(g)

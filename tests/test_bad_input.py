@@ -40,6 +40,8 @@ ARGUMENTS = [
     ({"bias_correction": "no"}, TypeError, "bias_correction must be True or False"),
     ({"lr_in_momentum": 0}, TypeError, "lr_in_momentum must be True or False, got 0"),
     ({"cautious": jnp.bool_(True)}, TypeError, "cautious must be True or False"),
+    ({"maximize": 1}, TypeError, "maximize must be True or False, got 1"),
+    ({"split_complex": None}, TypeError, "split_complex must be True or False, got None"),
     ({"storage": "q8"}, TypeError, "storage must be a Storage, got 'q8'"),
     ({"storage": jnp.bfloat16}, TypeError, "storage must be a Storage"),
     ({"nesterov": True}, ValueError, "nesterov=True needs momentum"),

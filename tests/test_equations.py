@@ -110,6 +110,29 @@ def test_complex128_in_float64():
     )
 
 
+@pytest.mark.parametrize("kwargs", [k for k in GRID if "cautious" not in k], ids=str)
+def test_split_complex_is_a_pair_of_real_numbers(kwargs):
+    grads = gradients(30, dtype=np.complex128, low=-3, high=3)
+    x = np.linspace(-1, 1, 40) * (1 - 2j)
+    with jax.enable_x64(True):
+        got, state = run(rmsprop(0.01, split_complex=True, **kwargs), grads, x)
+        assert state.nu.dtype == jnp.complex128
+    want = reference.run(grads, x, learning_rate=0.01, split_complex=True, **kwargs)
+    for part in (np.real, np.imag):
+        assert_close(map(part, got), map(part, want), 1e-11, 1e-13)
+
+
+@pytest.mark.parametrize("kwargs", GRID, ids=str)
+def test_maximize(kwargs):
+    """The gradient is negated before weight decay joins it, which still pulls towards 0."""
+    grads = gradients(30)
+    x = np.linspace(-1, 1, 40)
+    with jax.enable_x64(True):
+        got, _ = run(rmsprop(0.01, maximize=True, **kwargs), grads, x)
+    want = reference.run(grads, x, learning_rate=0.01, maximize=True, **kwargs)
+    assert_close(got, want, 1e-11, 1e-13)
+
+
 def test_scale_by_rms_is_rmsprop_without_a_learning_rate():
     grads = gradients(20, dtype=np.float32)
     kwargs = {"decay": 0.95, "eps": 1e-6, "initial_scale": 0.5, "eps_in_sqrt": False}

@@ -28,7 +28,8 @@ FORMS = [
             {"momentum": 0.9, "nesterov": True},
             {"momentum": 0.99, "lr_in_momentum": False, "cautious": True},
             {"weight_decay": 0.1, "decoupled_weight_decay": True},
-            {"weight_decay": 0.1, "momentum": 2.0},
+            {"weight_decay": 0.1, "momentum": 2.0, "maximize": True},
+            {"momentum": 0.9, "split_complex": True},
         ),
     )
 ]

@@ -230,6 +230,7 @@ def test_public_names():
         "RMSPropState",
         "describe",
         "dialects",
+        "recipes",
         "rmsprop",
         "scale_by_rms",
     }

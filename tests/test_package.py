@@ -69,6 +69,11 @@ ORDER = [
     "dialects._tensorflow",
     "dialects._torch",
     "dialects",
+    "recipes._arguments",
+    "recipes._generative",
+    "recipes._reinforcement",
+    "recipes._vision",
+    "recipes",
     "",
 ]
 

@@ -147,6 +147,8 @@ def timm(
     )
     momentum, weight_decay = unless_0(momentum), unless_0(weight_decay)
     decoupled = _checks.flag("decoupled_decay", decoupled_decay) and weight_decay is not None
+    if initial_lr is not None:
+        initial_lr = _checks.number("initial_lr", initial_lr, schedule=False)
     if _checks.flag("corrected_weight_decay", corrected_weight_decay):
         peak = _peak(lr, initial_lr)
         if decoupled:
@@ -229,19 +231,17 @@ def stable_baselines3(
 
 
 def _peak(lr: Any, initial_lr: Any) -> Any:
-    """The lr of timm's constructor, which must be above 0 for a corrected decay."""
-    name, peak = "lr", lr
-    if initial_lr is not None:
-        name, peak = "initial_lr", _checks.number("initial_lr", initial_lr, schedule=False)
-    elif not isinstance(lr, float):
+    """The lr of timm's constructor; None if it is not known."""
+    name, peak = ("lr", lr) if initial_lr is None else ("initial_lr", initial_lr)
+    if isinstance(peak, float) and peak <= 0:
+        raise ValueError(f"corrected_weight_decay=True needs {name} > 0, got {peak}")
+    return peak if name == "initial_lr" or isinstance(lr, float) else None
+
+
+def _corrected(weight_decay: Any, lr: Any, peak: Any) -> Callable[[jax.Array], Any]:
+    if peak is None:
         raise ValueError(
             "corrected_weight_decay=True needs initial_lr, the lr that timm is constructed with, "
             "when lr is a schedule or an array"
         )
-    if isinstance(peak, float) and peak <= 0:
-        raise ValueError(f"corrected_weight_decay=True needs {name} > 0, got {peak}")
-    return peak
-
-
-def _corrected(weight_decay: Any, lr: Any, peak: Any) -> Callable[[jax.Array], Any]:
     return lambda count: at(weight_decay, count) * (at(lr, count) / peak)

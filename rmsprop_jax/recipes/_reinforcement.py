@@ -1,0 +1,223 @@
+"""Agents: DQN, IMPALA, A2C."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from rmsprop_jax._rmsprop import rmsprop
+from rmsprop_jax._rule import Scalar
+from rmsprop_jax._storage import Storage
+from rmsprop_jax.dialects import pytorch, tensorflow_v1
+from rmsprop_jax.recipes._arguments import above_0, clipped, number
+
+
+def nature_dqn(
+    learning_rate: Scalar = 2.5e-4, *, storage: Storage | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """DQN of the Nature paper: centered, decay 0.95, eps 0.01 inside the root, no momentum.
+
+    The "gradient momentum" of the paper's table is the decay of the mean gradient that the
+    variance is taken about. The loss is summed over the 32 transitions of a batch, and each
+    temporal difference clipped to [-1, 1]; gradients are not clipped.
+
+    Args:
+      learning_rate: number, constant in the paper.
+      storage: how the state is held, as in :func:`rmsprop_jax.rmsprop`.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs``, as :func:`rmsprop_jax.rmsprop`.
+
+    Raises:
+      TypeError, ValueError: if an argument is of the wrong type or out of range.
+
+    Example:
+      >>> from rmsprop_jax import describe, recipes
+      >>> print(describe(recipes.nature_dqn()))
+      v <- decay v + (1 - decay) |g|^2
+      m <- decay m + (1 - decay) g
+      s = v - |m|^2
+      x <- x - learning_rate g / sqrt(s + eps)
+      from v = 0
+      with learning_rate 0.00025, decay 0.95, eps 0.01
+
+    Sources: Mnih et al., "Human-level control through deep reinforcement learning", Nature 518,
+    2015, extended data table 1; google-deepmind/dqn, dqn/NeuralQLearner.lua and run_gpu.
+    """
+    return rmsprop(
+        number("learning_rate", learning_rate), 0.95, 0.01, centered=True, storage=storage
+    )
+
+
+def dqn_zoo(
+    learning_rate: Scalar = 2.5e-4, *, batch_size: int = 32, storage: Storage | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """DQN of DQN Zoo: :func:`nature_dqn` for a loss that is a mean, so eps is 0.01 / 32^2.
+
+    The temporal differences are clipped to [-1, 1], as there.
+
+    Args:
+      learning_rate: number, constant in the source.
+      batch_size: transitions in a batch; 32 in the source.
+      storage: how the state is held, as in :func:`rmsprop_jax.rmsprop`.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs``, as :func:`rmsprop_jax.rmsprop`.
+
+    Raises:
+      TypeError, ValueError: if an argument is of the wrong type or out of range.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from rmsprop_jax import recipes
+      >>> g = jnp.array([0.5, -2.0])
+      >>> summed, mean = recipes.nature_dqn(), recipes.dqn_zoo()
+      >>> update, _ = summed.update(g, summed.init(g))
+      >>> again, _ = mean.update(g / 32, mean.init(g))
+      >>> print(jnp.allclose(update, again, rtol=1e-6))
+      True
+
+    Source: google-deepmind/dqn_zoo, dqn_zoo/dqn/run_atari.py.
+    """
+    eps = 0.01 / above_0("batch_size", batch_size) ** 2
+    return rmsprop(
+        number("learning_rate", learning_rate), 0.95, eps, centered=True, storage=storage
+    )
+
+
+def impala(
+    total_steps: float,
+    learning_rate: Scalar = 4.8e-4,
+    *,
+    eps: Scalar = 0.1,
+    max_norm: float | None = None,
+    storage: Storage | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """IMPALA: TensorFlow 1's rule, decay 0.99, eps 0.1, the learning rate falling to 0.
+
+    The authors' code has these values and clips nothing; its losses are summed over batch and
+    time. The Atari runs of the paper are known by learning_rate=6e-4, eps=0.01, max_norm=40.
+
+    Args:
+      total_steps: updates until the learning rate is 0: frames in all / frames an update. In the
+        code 1e9 / (32 * 100 * 4) = 78125.
+      learning_rate: number, that of the first update.
+      eps: number of at least 0, in units of the gradient squared.
+      max_norm: largest global norm of the gradients, above 0; None not to clip.
+      storage: how the state is held, as in :func:`rmsprop_jax.rmsprop`.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs``.
+
+    Raises:
+      TypeError, ValueError: if an argument is of the wrong type or out of range.
+
+    Example:
+      >>> from rmsprop_jax import describe, recipes
+      >>> print(describe(recipes.impala(78125)))
+      s <- decay s + (1 - decay) |g|^2
+      x <- x - learning_rate g / sqrt(s + eps)
+      from s = 1
+      with learning_rate scheduled, decay 0.99, eps 0.1
+
+    Sources: Espeholt et al., arXiv:1802.01561, 2018; google-deepmind/scalable_agent,
+    experiment.py.
+    """
+    tx = tensorflow_v1(
+        _to_0(learning_rate, total_steps), 0.99, epsilon=number("eps", eps), storage=storage
+    )
+    return clipped(max_norm, tx)
+
+
+def torchbeast(
+    total_steps: float,
+    learning_rate: Scalar = 4.8e-4,
+    *,
+    max_norm: float | None = 40.0,
+    storage: Storage | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """TorchBeast: IMPALA in PyTorch, so eps 0.01 outside the root; global norm 40.
+
+    The losses are summed over batch and time.
+
+    Args:
+      total_steps: updates until the learning rate is 0: agent steps in all / agent steps an
+        update, 80 * 8 in the source.
+      learning_rate: number, that of the first update.
+      max_norm: largest global norm of the gradients, above 0; None not to clip.
+      storage: how the state is held, as in :func:`rmsprop_jax.rmsprop`.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs``.
+
+    Raises:
+      TypeError, ValueError: if an argument is of the wrong type or out of range.
+
+    Example:
+      >>> from rmsprop_jax import describe, recipes
+      >>> print(describe(recipes.torchbeast(total_steps=30_000_000 / (80 * 8))))
+      s <- decay s + (1 - decay) g^2
+      x <- x - learning_rate g / (sqrt(s) + eps)
+      from s = 0
+      with learning_rate scheduled, decay 0.99, eps 0.01
+
+    Source: facebookresearch/torchbeast, torchbeast/monobeast.py and polybeast_learner.py.
+    """
+    tx = pytorch(_to_0(learning_rate, total_steps), 0.99, 0.01, storage=storage)
+    return clipped(max_norm, tx)
+
+
+def a2c(
+    total_timesteps: float,
+    batch_size: int,
+    learning_rate: Scalar = 7e-4,
+    *,
+    max_norm: float | None = 0.5,
+    storage: Storage | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """A2C of OpenAI Baselines: TensorFlow 1's rule, decay 0.99, eps 1e-5, global norm 0.5.
+
+    The learning rate falls to 0, and does so within an update, too: update k, from 0, has that
+    of the last of its timesteps, learning_rate (1 - ((k + 1) batch_size - 1) / total_timesteps).
+    The losses are means over a batch. As gradients are below 0.5, it takes some hundred updates
+    until s forgets that it started at 1.
+
+    Args:
+      total_timesteps: timesteps until the learning rate is 0; 80e6 in the source.
+      batch_size: timesteps an update: environments times 5 in the source.
+      learning_rate: number.
+      max_norm: largest global norm of the gradients, above 0; None not to clip.
+      storage: how the state is held, as in :func:`rmsprop_jax.rmsprop`.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs``.
+
+    Raises:
+      TypeError, ValueError: if an argument is of the wrong type or out of range.
+
+    Example:
+      >>> from rmsprop_jax import describe, recipes
+      >>> print(describe(recipes.a2c(80_000_000, batch_size=16 * 5)))
+      s <- decay s + (1 - decay) |g|^2
+      x <- x - learning_rate g / sqrt(s + eps)
+      from s = 1
+      with learning_rate scheduled, decay 0.99, eps 1e-05
+
+    Stable-Baselines3 has other defaults: PyTorch's rule and a constant learning rate. With its
+    ``RMSpropTFLike`` it is ``dialects.stable_baselines3(7e-4, eps=1e-5)``.
+
+    Source: openai/baselines, baselines/a2c/a2c.py.
+    """
+    rate = number("learning_rate", learning_rate)
+    total, batch = above_0("total_timesteps", total_timesteps), above_0("batch_size", batch_size)
+
+    def schedule(count: jax.Array) -> jax.Array:
+        done = (count + 1) * (batch / total) - 1 / total
+        return rate * jnp.maximum(1 - done, 0)
+
+    return clipped(max_norm, tensorflow_v1(schedule, 0.99, epsilon=1e-5, storage=storage))
+
+
+def _to_0(learning_rate: Scalar, total_steps: float) -> optax.Schedule:
+    """From learning_rate at the first update in a straight line to 0 after total_steps."""
+    rate = number("learning_rate", learning_rate)
+    return optax.linear_schedule(rate, 0.0, above_0("total_steps", total_steps))

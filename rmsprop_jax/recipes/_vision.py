@@ -1,0 +1,280 @@
+"""Image models: Inception, the MobileNets, EfficientNet."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from rmsprop_jax._rule import Scalar
+from rmsprop_jax._storage import Storage
+from rmsprop_jax.dialects import pytorch, tensorflow_v1
+from rmsprop_jax.recipes._arguments import above_0, clipped, decayed, number
+
+
+def inception(
+    steps_per_epoch: float,
+    learning_rate: Scalar = 0.045,
+    *,
+    momentum: Scalar = 0.9,
+    max_norm: float | None = None,
+    weight_decay: Scalar = 4e-5,
+    mask: Any = None,
+    storage: Storage | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Inception v3 and v4: TensorFlow 1's rule, decay 0.9, eps 1; x 0.94 every two epochs.
+
+    Momentum is the code's: the papers say that an earlier run had it. Clipping at 2 is of the
+    paper on v3 only. Beside it: the weights evaluated are an average with decay 0.9999
+    (``optax.incremental_update``), labels are smoothed by 0.1.
+
+    Args:
+      steps_per_epoch: updates an epoch; with 50 workers of 32 images 1281167 / 1600.
+      learning_rate: number, that of the first two epochs.
+      momentum: number of at least 0.
+      max_norm: largest global norm of the gradients, above 0; None not to clip.
+      weight_decay: number of at least 0, as part of the loss.
+      mask: which parameters decay, as in ``optax.add_decayed_weights``; None for all. The source
+        decays the weights of convolutions and of fully connected layers.
+      storage: how the state is held, as in :func:`rmsprop_jax.rmsprop`.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs``.
+
+    Raises:
+      TypeError, ValueError: if an argument is of the wrong type or out of range.
+
+    Example:
+      >>> from rmsprop_jax import describe, recipes
+      >>> print(describe(recipes.inception(1281167 / 1600)))
+      s <- decay s + (1 - decay) |g|^2
+      b <- momentum b + learning_rate g / sqrt(s + eps)
+      x <- x - b
+      from s = 1
+      with learning_rate scheduled, decay 0.9, eps 1, momentum 0.9
+
+    Sources: Szegedy et al., arXiv:1512.00567, 2015, and arXiv:1602.07261, 2016; tensorflow/models,
+    inception/inception/inception_distributed_train.py (of 2016).
+    """
+    schedule = _stairs(learning_rate, 2 * above_0("steps_per_epoch", steps_per_epoch), 0.94)
+    tx = tensorflow_v1(schedule, 0.9, number("momentum", momentum), 1.0, storage=storage)
+    return decayed(weight_decay, mask, clipped(max_norm, tx))
+
+
+def mobilenet_v2(
+    steps_per_epoch: float,
+    learning_rate: Scalar = 0.045,
+    *,
+    epochs_per_decay: float = 1.0,
+    weight_decay: Scalar = 4e-5,
+    mask: Any = None,
+    storage: Storage | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """MobileNetV2: TensorFlow 1's rule, decay and momentum 0.9, eps 1; x 0.98 every epoch.
+
+    The paper is silent about eps: 1 is the default of the authors' training code, whose published
+    run has learning_rate=0.36, epochs_per_decay=2.5 at a batch of 768 and evaluates an average of
+    the weights with decay 0.9999 (``optax.incremental_update``).
+
+    Args:
+      steps_per_epoch: updates an epoch; 1281167 / 96 for each of the paper's 16 workers.
+      learning_rate: number, that of the first epoch.
+      epochs_per_decay: number above 0.
+      weight_decay: number of at least 0, as part of the loss.
+      mask: which parameters decay, as in ``optax.add_decayed_weights``; None for all. The source
+        decays the weights of convolutions, but not of depthwise ones.
+      storage: how the state is held, as in :func:`rmsprop_jax.rmsprop`.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs``.
+
+    Raises:
+      TypeError, ValueError: if an argument is of the wrong type or out of range.
+
+    Example:
+      >>> from rmsprop_jax import describe, recipes
+      >>> print(describe(recipes.mobilenet_v2(1281167 / 96)))
+      s <- decay s + (1 - decay) |g|^2
+      b <- momentum b + learning_rate g / sqrt(s + eps)
+      x <- x - b
+      from s = 1
+      with learning_rate scheduled, decay 0.9, eps 1, momentum 0.9
+
+    Sources: Sandler et al., arXiv:1801.04381, 2018, section 6.1; tensorflow/models,
+    research/slim/train_image_classifier.py and nets/mobilenet/README.md.
+    """
+    epoch = above_0("steps_per_epoch", steps_per_epoch)
+    schedule = _stairs(learning_rate, epoch * above_0("epochs_per_decay", epochs_per_decay), 0.98)
+    tx = tensorflow_v1(schedule, 0.9, 0.9, 1.0, storage=storage)
+    return decayed(weight_decay, mask, tx)
+
+
+def mobilenet_v3(
+    steps_per_epoch: float,
+    learning_rate: Scalar = 0.1,
+    *,
+    warmup_epochs: float = 0.0,
+    weight_decay: Scalar = 1e-5,
+    mask: Any = None,
+    storage: Storage | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """MobileNetV3: TensorFlow 1's rule, decay and momentum 0.9, eps 0.002; x 0.99 every 3 epochs.
+
+    The paper's learning rate, at a batch of 4096. It is silent about eps: 0.002 is in the command
+    that the authors publish, with learning_rate=0.16, warmup_epochs=5 at a batch of 1536. Beside
+    it: the weights evaluated are an average with decay 0.9999 (``optax.incremental_update``).
+
+    Args:
+      steps_per_epoch: updates an epoch; 1281167 / 4096 in the paper.
+      learning_rate: number, that of the first three epochs.
+      warmup_epochs: number of at least 0, during which the learning rate rises from 0, in a
+        straight line until it meets the falling one.
+      weight_decay: number of at least 0, as part of the loss.
+      mask: which parameters decay, as in ``optax.add_decayed_weights``; None for all. The source
+        decays the weights of convolutions, but not of depthwise ones.
+      storage: how the state is held, as in :func:`rmsprop_jax.rmsprop`.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs``.
+
+    Raises:
+      TypeError, ValueError: if an argument is of the wrong type or out of range.
+
+    Example:
+      >>> from rmsprop_jax import describe, recipes
+      >>> print(describe(recipes.mobilenet_v3(1281167 / 4096)))
+      s <- decay s + (1 - decay) |g|^2
+      b <- momentum b + learning_rate g / sqrt(s + eps)
+      x <- x - b
+      from s = 1
+      with learning_rate scheduled, decay 0.9, eps 0.002, momentum 0.9
+
+    Sources: Howard et al., arXiv:1905.02244, 2019, section 6.1.1; tensorflow/models,
+    research/slim/nets/mobilenet/README.md.
+    """
+    epoch = above_0("steps_per_epoch", steps_per_epoch)
+    peak = number("learning_rate", learning_rate)
+    falling = _stairs(peak, 3 * epoch, 0.99)
+    warmup = _warmup_steps(warmup_epochs, epoch)
+
+    def schedule(count: jax.Array) -> jax.Array:
+        rising = peak * count / warmup if warmup else jnp.inf
+        return jnp.minimum(rising, falling(count))
+
+    tx = tensorflow_v1(schedule, 0.9, 0.9, 0.002, storage=storage)
+    return decayed(weight_decay, mask, tx)
+
+
+def efficientnet(
+    steps_per_epoch: float,
+    learning_rate: Scalar = 0.256,
+    *,
+    warmup_epochs: float = 5.0,
+    weight_decay: Scalar = 1e-5,
+    mask: Any = None,
+    storage: Storage | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """EfficientNet and MnasNet: TensorFlow 1's rule, decay and momentum 0.9, eps 0.001.
+
+    The learning rate rises from 0 in a straight line for five epochs, then is multiplied by 0.97
+    every 2.4 epochs, counted from the very start: it drops by two of these when the rise ends,
+    which ``optax.warmup_exponential_decay_schedule`` has not. Beside it: the weights evaluated
+    are an average with decay 0.9999 (``optax.incremental_update``).
+
+    Args:
+      steps_per_epoch: updates an epoch, 1281167 / 4096 in the paper.
+      learning_rate: number, the peak: 0.016 for every 256 images in a batch.
+      warmup_epochs: number of at least 0.
+      weight_decay: number of at least 0, as part of the loss.
+      mask: which parameters decay, as in ``optax.add_decayed_weights``; None for all. The source
+        decays all but those of batch normalization.
+      storage: how the state is held, as in :func:`rmsprop_jax.rmsprop`.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs``.
+
+    Raises:
+      TypeError, ValueError: if an argument is of the wrong type or out of range.
+
+    Example:
+      >>> from rmsprop_jax import describe, recipes
+      >>> print(describe(recipes.efficientnet(1281167 / 4096)))
+      s <- decay s + (1 - decay) |g|^2
+      b <- momentum b + learning_rate g / sqrt(s + eps)
+      x <- x - b
+      from s = 1
+      with learning_rate scheduled, decay 0.9, eps 0.001, momentum 0.9
+
+    Sources: Tan and Le, arXiv:1905.11946, 2019; Tan et al., arXiv:1807.11626, 2018 (MnasNet);
+    tensorflow/tpu, models/official/efficientnet/main.py and utils.py.
+    """
+    epoch = above_0("steps_per_epoch", steps_per_epoch)
+    peak = number("learning_rate", learning_rate)
+    falling = optax.exponential_decay(peak, 2.4 * epoch, 0.97, staircase=True)
+    warmup = _warmup_steps(warmup_epochs, epoch)
+
+    def schedule(count: jax.Array) -> jax.Array:
+        return jnp.where(count < warmup, peak * count / max(warmup, 1), falling(count))
+
+    tx = tensorflow_v1(schedule, 0.9, 0.9, 0.001, storage=storage)
+    return decayed(weight_decay, mask, tx)
+
+
+def torchvision_mobilenet_v3(
+    steps_per_epoch: float = 1252,
+    learning_rate: Scalar = 0.064,
+    *,
+    weight_decay: Scalar = 1e-5,
+    storage: Storage | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """MobileNetV3 of torchvision: PyTorch's rule, alpha and momentum 0.9, eps 0.0316.
+
+    That eps, outside the root, stands for TensorFlow's 0.001 inside it. The learning rate is
+    multiplied by 0.973 every two epochs; weight decay is for all parameters.
+
+    Args:
+      steps_per_epoch: updates an epoch, 1252 on 8 devices of 128 images.
+      learning_rate: number, that of the first two epochs.
+      weight_decay: number of at least 0, in units of gradient / parameter; coupled.
+      storage: how the state is held, as in :func:`rmsprop_jax.rmsprop`.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs``, as :func:`rmsprop_jax.rmsprop`.
+
+    Raises:
+      TypeError, ValueError: if an argument is of the wrong type or out of range.
+
+    Example:
+      >>> from rmsprop_jax import describe, recipes
+      >>> print(describe(recipes.torchvision_mobilenet_v3()))
+      g <- g + weight_decay x
+      s <- decay s + (1 - decay) g^2
+      b <- momentum b + g / (sqrt(s) + eps)
+      x <- x - learning_rate b
+      from s = 0
+      with learning_rate scheduled, decay 0.9, eps 0.0316, momentum 0.9, weight_decay 1e-05
+
+    Source: pytorch/vision, references/classification/README.md and train.py.
+    """
+    epoch = above_0("steps_per_epoch", steps_per_epoch)
+    return pytorch(
+        _stairs(learning_rate, 2 * epoch, 0.973),
+        0.9,
+        0.0316,
+        number("weight_decay", weight_decay),
+        0.9,
+        storage=storage,
+    )
+
+
+def _stairs(learning_rate: Scalar, steps: float, factor: float) -> optax.Schedule:
+    """A learning rate that is multiplied by a factor every so many steps, cut to a whole number."""
+    rate = number("learning_rate", learning_rate)
+    return optax.exponential_decay(rate, max(int(steps), 1), factor, staircase=True)
+
+
+def _warmup_steps(warmup_epochs: float, steps_per_epoch: float) -> int:
+    epochs = number("warmup_epochs", warmup_epochs)
+    if not isinstance(epochs, float) or epochs < 0:
+        raise ValueError(f"warmup_epochs must be a Python number >= 0, got {warmup_epochs!r}")
+    return int(epochs * steps_per_epoch)

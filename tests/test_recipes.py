@@ -1,0 +1,212 @@
+"""The recipes against the loop of reference.py, fed with the published numbers once more."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from helpers import assert_close, gradients, run
+import reference
+from rmsprop_jax import describe, recipes
+
+TF1 = {"initial_scale": 1.0}
+TORCH = {"eps_in_sqrt": False, "lr_in_momentum": False}
+STEPS = 60
+T = np.arange(STEPS)
+EPOCH = 7.3  # updates an epoch, so that stairs and epochs do not fall together
+
+
+def efficientnet_rate(t, epoch=EPOCH, peak=0.256):
+    """As tensorflow/tpu has it: the fall is counted from step 0, below the rise."""
+    rise = int(5 * epoch)
+    return peak * t / rise if t < rise else peak * 0.97 ** (t // (2.4 * epoch))
+
+
+RECIPES = [
+    ("nature_dqn", {}, {"learning_rate": 2.5e-4, "decay": 0.95, "eps": 0.01, "centered": True}),
+    (
+        "dqn_zoo",
+        {},
+        {"learning_rate": 2.5e-4, "decay": 0.95, "eps": 0.01 / 1024, "centered": True},
+    ),
+    (
+        "impala",
+        {"total_steps": 50},
+        {"learning_rate": 4.8e-4 * np.maximum(1 - T / 50, 0), "decay": 0.99, "eps": 0.1, **TF1},
+    ),
+    (
+        "torchbeast",
+        {"total_steps": 50.5, "max_norm": None},
+        {"learning_rate": 4.8e-4 * np.maximum(1 - T / 50.5, 0), "decay": 0.99, "eps": 0.01} | TORCH,
+    ),
+    (
+        "a2c",
+        {"total_timesteps": 4000, "batch_size": 80, "max_norm": None},
+        {"learning_rate": 7e-4 * np.maximum(1 - ((T + 1) * 80 - 1) / 4000, 0), "decay": 0.99}
+        | {"eps": 1e-5, **TF1},
+    ),
+    (
+        "inception",
+        {"steps_per_epoch": EPOCH, "weight_decay": 0},
+        {"learning_rate": 0.045 * 0.94 ** (T // 14), "eps": 1.0, "momentum": 0.9, **TF1},
+    ),
+    (
+        "mobilenet_v2",
+        {"steps_per_epoch": EPOCH},
+        {"learning_rate": 0.045 * 0.98 ** (T // 7), "eps": 1.0, "momentum": 0.9}
+        | {"weight_decay": 4e-5, **TF1},
+    ),
+    (
+        "mobilenet_v2",
+        {"steps_per_epoch": EPOCH, "learning_rate": 0.36, "epochs_per_decay": 2.5},
+        {"learning_rate": 0.36 * 0.98 ** (T // 18), "eps": 1.0, "momentum": 0.9}
+        | {"weight_decay": 4e-5, **TF1},
+    ),
+    (
+        "mobilenet_v3",
+        {"steps_per_epoch": EPOCH},
+        {"learning_rate": 0.1 * 0.99 ** (T // 21), "eps": 0.002, "momentum": 0.9}
+        | {"weight_decay": 1e-5, **TF1},
+    ),
+    (
+        "mobilenet_v3",
+        {"steps_per_epoch": EPOCH, "learning_rate": 0.16, "warmup_epochs": 5},
+        {"learning_rate": 0.16 * np.minimum(T / 36, 0.99 ** (T // 21)), "eps": 0.002}
+        | {"momentum": 0.9, "weight_decay": 1e-5, **TF1},
+    ),
+    (
+        "efficientnet",
+        {"steps_per_epoch": EPOCH},
+        {"learning_rate": np.asarray([efficientnet_rate(t) for t in T]), "eps": 0.001}
+        | {"momentum": 0.9, "weight_decay": 1e-5, **TF1},
+    ),
+    (
+        "torchvision_mobilenet_v3",
+        {"steps_per_epoch": 7},
+        {"learning_rate": 0.064 * 0.973 ** (T // 14), "eps": 0.0316, "momentum": 0.9}
+        | {"weight_decay": 1e-5, **TORCH},
+    ),
+    ("wgan", {}, {"learning_rate": 5e-5, "decay": 0.99, "eps": 1e-8, **TORCH}),
+]
+
+
+@pytest.mark.parametrize(("name", "kwargs", "switches"), RECIPES, ids=str)
+def test_the_published_rule(name, kwargs, switches):
+    """In float64. The stairs of Optax's schedules are computed in float32: 1e-6, not 1e-11."""
+    grads = gradients(STEPS, low=-3, high=2)
+    x = np.linspace(-1, 1, 40)
+    with jax.enable_x64(True):
+        got, _ = run(getattr(recipes, name)(**kwargs), grads, x)
+    want = reference.run(grads, x, **switches)
+    assert_close(got, want, 1e-11, 1e-11 * np.max(switches["learning_rate"]))
+
+
+def test_all_are_tested():
+    assert {name for name, _, _ in RECIPES} == set(recipes.__all__)
+
+
+def test_the_drop_at_the_end_of_efficientnets_rise():
+    """With the paper's batch of 4096: two stairs at once, from .2558 to .2409."""
+    epoch, g = 1281167 / 4096, jnp.ones(1)
+    tx = recipes.efficientnet(epoch, weight_decay=0)
+    state = tx.init(g)
+
+    def step(count):
+        # s = 1 and no past in the buffer: the step is the learning rate / sqrt(1.001)
+        return -tx.update(g, state._replace(count=jnp.int32(count)))[0][0] * 1.001**0.5
+
+    rise = int(5 * epoch)
+    rates = [float(step(t)) for t in (0, 1, rise - 1, rise, rise + 500)]
+    want = [efficientnet_rate(t, epoch) for t in (0, 1, rise - 1, rise, rise + 500)]
+    np.testing.assert_allclose(rates, want, rtol=1e-5, atol=1e-9)
+    np.testing.assert_allclose(rates[2:4], [0.25584, 0.24087], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "norm"),
+    [
+        (lambda: recipes.torchbeast(1000), 40.0),
+        (lambda: recipes.a2c(1e6, 80), 0.5),
+        (lambda: recipes.impala(1000, 6e-4, eps=0.01, max_norm=40.0), 40.0),
+        (lambda: recipes.inception(800, max_norm=2.0, weight_decay=0), 2.0),
+    ],
+)
+def test_clipping_by_the_global_norm(make, norm):
+    tx, params = make(), {"a": jnp.ones(3), "b": jnp.ones(4)}
+    grads = {"a": jnp.full(3, 1000.0), "b": jnp.full(4, -500.0)}
+    scale = norm / np.sqrt(3 * 1000.0**2 + 4 * 500.0**2)
+    small = jax.tree.map(lambda g: g * scale, grads)
+    got, _ = tx.update(grads, tx.init(params), params)
+    want, _ = tx.update(small, tx.init(params), params)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+def test_weight_decay_is_masked_and_part_of_what_is_clipped():
+    params = {"kernel": jnp.full((1, 1), 1e6), "bias": jnp.full(1, 1e6)}
+    grads = jax.tree.map(jnp.zeros_like, params)
+    mask = {"kernel": True, "bias": False}
+    for make in (recipes.mobilenet_v2, recipes.mobilenet_v3, recipes.inception):
+        tx = make(100.0, mask=mask)
+        updates, _ = tx.update(grads, tx.init(params), params)
+        assert updates["kernel"][0, 0] < 0
+        assert updates["bias"][0] == 0
+    tx = recipes.inception(100.0, mask=mask, max_norm=2.0, momentum=0.0)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    # The decay alone would be 40; it is clipped to 2.
+    want = 0.045 * 2 / np.sqrt(0.9 + 0.1 * 4 + 1)
+    np.testing.assert_allclose(-updates["kernel"][0, 0], want, rtol=1e-5)
+
+
+def test_nature_dqn_and_dqn_zoo_agree_on_sum_and_mean():
+    grads = gradients(50, dtype=np.float32, low=-3, high=2)
+    summed, _ = run(recipes.nature_dqn(), grads)
+    mean, _ = run(recipes.dqn_zoo(), [g / 32 for g in grads])
+    assert_close(mean, summed, 1e-5, 1e-5 * 2.5e-4)
+
+
+REFUSED = [
+    ("nature_dqn", {"learning_rate": lambda c: 0.1}, TypeError, "learning_rate must be a number"),
+    ("dqn_zoo", {"batch_size": 0}, ValueError, "batch_size must be > 0, got 0"),
+    ("impala", {"total_steps": -1}, ValueError, "total_steps must be > 0, got -1"),
+    ("impala", {"total_steps": 10, "max_norm": 0}, ValueError, "max_norm must be > 0, got 0"),
+    ("torchbeast", {"total_steps": "x"}, TypeError, "total_steps must be a number"),
+    ("torchbeast", {"total_steps": jnp.ones(())}, TypeError, "total_steps must be a Python number"),
+    ("a2c", {"total_timesteps": 0, "batch_size": 1}, ValueError, "total_timesteps must be > 0"),
+    ("a2c", {"total_timesteps": 10, "batch_size": 0}, ValueError, "batch_size must be > 0"),
+    ("inception", {"steps_per_epoch": 0}, ValueError, "steps_per_epoch must be > 0, got 0"),
+    ("inception", {"steps_per_epoch": 9, "momentum": -1}, ValueError, "momentum must be >= 0"),
+    ("mobilenet_v2", {"steps_per_epoch": 9, "weight_decay": -1}, ValueError, "weight_decay must"),
+    ("mobilenet_v2", {"steps_per_epoch": 9, "epochs_per_decay": 0}, ValueError, "epochs_per_decay"),
+    ("mobilenet_v3", {"steps_per_epoch": 9, "warmup_epochs": -1}, ValueError, "warmup_epochs must"),
+    ("efficientnet", {"steps_per_epoch": np.nan}, ValueError, "steps_per_epoch must be finite"),
+    ("torchvision_mobilenet_v3", {"learning_rate": "x"}, TypeError, "learning_rate must be"),
+    ("wgan", {"learning_rate": -1.0}, ValueError, "lr must be >= 0"),
+]
+
+
+@pytest.mark.parametrize(("name", "kwargs", "error", "message"), REFUSED)
+def test_refused(name, kwargs, error, message):
+    with pytest.raises(error, match=message):
+        getattr(recipes, name)(**kwargs)
+
+
+@pytest.mark.parametrize(("name", "kwargs"), [(name, kwargs) for name, kwargs, _ in RECIPES])
+def test_each_is_ready_to_chain_and_described(name, kwargs):
+    params = {"w": jnp.ones((2, 2)), "b": jnp.ones(2)}
+    tx = optax.chain(optax.clip(1.0), getattr(recipes, name)(**kwargs))
+    updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
+    assert "x <- x - " in describe(tx)
+
+
+@pytest.mark.parametrize("name", recipes.__all__)
+def test_every_docstring_names_its_source(name):
+    make = getattr(recipes, name)
+    for heading in ("Args:", "Returns:", "Raises:", "Example:", "Source"):
+        assert heading in make.__doc__
+    for parameter in inspect.signature(make).parameters:
+        assert f"      {parameter}: " in make.__doc__
