@@ -270,7 +270,8 @@ def torchvision_mobilenet_v3(
 def _stairs(learning_rate: Scalar, steps: float, factor: float) -> optax.Schedule:
     """A learning rate that is multiplied by a factor every so many steps, cut to a whole number."""
     rate = number("learning_rate", learning_rate)
-    return optax.exponential_decay(rate, max(int(steps), 1), factor, staircase=True)
+    # As a float, since Optax divides whole numbers in float32.
+    return optax.exponential_decay(rate, float(max(int(steps), 1)), factor, staircase=True)
 
 
 def _warmup_steps(warmup_epochs: float, steps_per_epoch: float) -> int:
