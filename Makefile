@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: example example-airfoil test test-oldest lint clean
+.PHONY: example example-airfoil test test-oldest compare lint clean
 
 example: .venv/examples-installed
 	$(BIN)/python examples/simplenet.py --out out/simplenet.png
@@ -21,8 +21,13 @@ lint: .venv/test-installed
 test-oldest: .venv-oldest/installed
 	.venv-oldest/bin/python -m pytest
 
+# Runs the frameworks themselves beside their recorded runs and our dialects.
+compare: .venv-compare/installed
+	.venv-compare/bin/python tests/compare/record_dialects.py --check
+	.venv-compare/bin/python tests/compare/record_simplenet.py --check
+
 clean:
-	rm -rf .venv .venv-oldest out build dist
+	rm -rf .venv .venv-oldest .venv-compare out build dist
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed; name one as in: make PYTHON=python3.13")'
@@ -39,4 +44,9 @@ clean:
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet --editable '.[test]' \
 	  jax==0.9.0 jaxlib==0.9.0 optax==0.2.8 chex==0.1.91 flax==0.12.6 orbax-checkpoint==0.12.8
+	touch $@
+
+.venv-compare/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-compare
+	.venv-compare/bin/python -m pip install --quiet --editable '.[compare]'
 	touch $@

@@ -100,7 +100,8 @@ def rmsprop(
       ``init`` takes a tree of floating or complex arrays; the state is placed like them.
       ``update`` takes gradients of the same structure and shapes, of any floating dtype
       (complex for complex parameters), and gives updates in the gradients' dtypes, for
-      ``optax.apply_updates``. A gradient of None gives the update None and leaves its state.
+      ``optax.apply_updates``. A gradient of None gives the update None, which that function does
+      not take, and leaves its state.
       Complex gradients are, as everywhere in Optax, those that point uphill: the conjugates of
       what ``jax.grad`` gives.
 

@@ -1,14 +1,20 @@
 """Every snippet of the README runs, and prints what stands below it; so do its tables."""
 
 import contextlib
+import inspect
 import io
+import itertools
 import json
 from pathlib import Path
 import re
 
+import optax
 import pytest
 
 import _timing
+import cases
+import record_dialects
+from rmsprop_jax import describe, dialects, recipes, rmsprop, scale_by_rms
 import step
 
 ROOT = Path(__file__).parents[1]
@@ -37,6 +43,69 @@ def test_the_benchmark_runs(capsys):
     rows = step.main(["--quick"])
     assert [row["form"] for row in rows] == [*step.FORMS] * 3
     assert _timing.table(rows, _timing.machine()) in capsys.readouterr().out
+
+
+def rows(heading):
+    """The cells of the first table after some words."""
+    lines = README.split(heading, 1)[1].splitlines()
+    table = itertools.dropwhile(lambda line: not line.startswith("|"), lines)
+    _, _, *table = itertools.takewhile(lambda line: line.startswith("|"), table)
+    return [[cell.strip() for cell in line.strip("| ").split(" |")] for line in table]
+
+
+CALLS = [
+    *(row[-1] for row in rows("## Which RMSProp do you mean?")),
+    *(row[1] for row in rows("### You wrote X, write Y")),
+    *(row[0] for row in rows("### Published settings")),
+]
+
+
+@pytest.mark.parametrize("call", [call for call in CALLS if call.startswith("`")])
+def test_what_to_write_can_be_written(call):
+    """Each call in the tables of dialects and recipes."""
+    names = {
+        "optax": optax,
+        "dialects": dialects,
+        "recipes": recipes,
+        "rmsprop": rmsprop,
+        "scale_by_rms": scale_by_rms,
+        "schedule": optax.constant_schedule(0.1),
+        "labels": {"w": "a", "v": "b"},
+    }
+    assert "x <- x - " in describe(eval(call.strip("`"), names))
+
+
+def test_all_dialects_and_recipes_are_listed():
+    for module in (dialects, recipes):
+        name = module.__name__.split(".")[-1]
+        assert all(f"`{name}.{one}(" in README for one in module.__all__)
+
+
+def test_the_table_of_dialects_is_true():
+    """ε, start value and the learning rate's place, as the calls beside them have it."""
+    for _, eps, start, rate, decay, call in rows("## Which RMSProp do you mean?"):
+        rule = eval(call.strip("`"), {"dialects": dialects, "rmsprop": rmsprop}).update.__self__
+        assert float(re.search(r"1e-\d+", eps)[0]) == rule.hyper.eps, call
+        outside = eps.startswith("outside") or "outside without" in eps
+        assert outside == (not rule.variant.eps_in_sqrt), call
+        assert float(start) == rule.initial_scale, call
+        assert rate.startswith("after") == (not rule.variant.lr_in_momentum), call
+        if number := re.search(r"0\.\d+", rate):
+            assert float(number[0]) == rule.hyper.learning_rate, call
+        make = getattr(dialects, call.strip("`").split(".")[-1].split("(")[0], rmsprop)
+        if make is not rmsprop:
+            assert (decay != "none") == ("weight_decay" in inspect.signature(make).parameters)
+
+
+def test_the_table_of_errors_is_of_the_recorded_runs():
+    compared = {row[0].strip("`"): row[1:] for row in rows("as a share of the way from the start")}
+    assert list(compared) == list(cases.CASES)
+    for framework, (equals, runs, *errors) in compared.items():
+        record = record_dialects.load(framework)
+        assert equals.endswith(str(record["version"]))
+        assert int(runs) == 2 * sum(not case.constant for case in cases.CASES[framework])
+        limits = [1e-11, 5e-5, 5e-5]
+        assert all(float(e) <= limit for e, limit in zip(errors, limits, strict=True) if e)
 
 
 def test_links_and_pictures_lead_somewhere():
