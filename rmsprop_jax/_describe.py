@@ -1,12 +1,10 @@
 """Which rule a transformation follows, in words and numbers."""
 
-from collections.abc import Iterator
-import inspect
 from typing import Any
 
 import optax
 
-from rmsprop_jax._rule import Rule
+from rmsprop_jax._rule import Rule, rules_in
 from rmsprop_jax._storage import FLOAT32
 
 
@@ -19,7 +17,8 @@ def describe(tx: optax.GradientTransformation) -> str:
 
     Returns:
       A line for each equation, in the order in which they act, then the start value and the
-      hyperparameters. One such paragraph for each RMSProp that is found.
+      hyperparameters. One such paragraph for each RMSProp that is found; what else is in a chain is
+      not told.
 
     Raises:
       TypeError: if there is none.
@@ -36,12 +35,12 @@ def describe(tx: optax.GradientTransformation) -> str:
       s <- decay s + (1 - decay) |g|^2
       x <- x - learning_rate g / sqrt(s + eps)
       from s = 1
-      with learning_rate scheduled, decay 0.9, eps 1e-10
+      with learning_rate a schedule, decay 0.9, eps 1e-10
     """
-    found = {id(rule): rule for rule in _rules(getattr(tx, "update", None), set())}
-    if not found:
+    rules = rules_in(tx)
+    if not rules:
         raise TypeError(f"tx must be an RMSProp of rmsprop_jax or have one in it, got {tx!r}")
-    return "\n\n".join(map(_paragraph, found.values()))
+    return "\n\n".join(map(_paragraph, rules))
 
 
 def _paragraph(rule: Rule) -> str:
@@ -88,27 +87,5 @@ def _paragraph(rule: Rule) -> str:
 
 def _value(hyperparameter: Any) -> str:
     if callable(hyperparameter):
-        return "scheduled"
-    return f"{hyperparameter:g}" if isinstance(hyperparameter, float) else "in an array"
-
-
-def _rules(value: Any, seen: set[int]) -> Iterator[Rule]:
-    """The rules whose methods are value, or what value is made of: the parts of a wrapper."""
-    if id(value) in seen:
-        return
-    seen.add(id(value))
-    parts: list[Any] = []
-    if inspect.ismethod(value):
-        if isinstance(value.__self__, Rule):
-            yield value.__self__
-            return
-        parts = list(vars(value.__self__).values())
-    elif callable(value):
-        parts = [cell.cell_contents for cell in getattr(value, "__closure__", None) or ()]
-        parts.append(getattr(value, "__wrapped__", None))
-    elif isinstance(value, dict):
-        parts = list(value.values())
-    elif isinstance(value, tuple | list):
-        parts = list(value)
-    for part in parts:
-        yield from _rules(part, seen)
+        return "a schedule"
+    return f"{hyperparameter:.15g}" if isinstance(hyperparameter, float) else "an array"

@@ -1,8 +1,9 @@
 """A rule lifted from one array to a tree of parameters: what the rule is, init and update."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
+import inspect
 from typing import Any, NamedTuple
 
 import jax
@@ -135,3 +136,33 @@ def _at(count: jax.Array, name: str, value: Any) -> jax.Array | None:
     if callable(value):
         value = _checks.number(name, value(count), schedule=False)
     return jnp.asarray(value, float) if isinstance(value, float) else value
+
+
+def rules_in(tx: Any) -> list[Rule]:
+    """The rules that a transformation follows, itself or in what it wraps ready-made."""
+    found = {id(rule): rule for rule in _rules(getattr(tx, "update", None), set())}
+    return list(found.values())
+
+
+def _rules(value: Any, seen: set[int]) -> Iterator[Rule]:
+    """The rules whose methods are value, or what value is made of: the parts of a wrapper."""
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    parts: list[Any] = []
+    if inspect.ismethod(value):
+        if isinstance(value.__self__, Rule):
+            yield value.__self__
+            return
+        parts = list(getattr(value.__self__, "__dict__", {}).values())
+    elif callable(value):
+        for cell in getattr(value, "__closure__", None) or ():
+            with contextlib.suppress(ValueError):  # a name that has no value yet
+                parts.append(cell.cell_contents)
+        parts.append(getattr(value, "__wrapped__", None))
+    elif isinstance(value, dict):
+        parts = list(value.values())
+    elif isinstance(value, tuple | list):
+        parts = list(value)
+    for part in parts:
+        yield from _rules(part, seen)

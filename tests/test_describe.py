@@ -56,7 +56,7 @@ b <- momentum b + learning_rate g / sqrt(s + eps)
 c = b where it has the sign of g, else 0; / the share where it has
 x <- x - c - learning_rate weight_decay x
 from v = 0
-with learning_rate 0.1, decay 0.9, eps 1e-08, momentum scheduled, weight_decay in an array""",
+with learning_rate 0.1, decay 0.9, eps 1e-08, momentum a schedule, weight_decay an array""",
         ),
     ],
 )
@@ -128,6 +128,36 @@ def test_inside_the_wrappers_of_optax():
 def test_nothing_to_describe(tx):
     with pytest.raises(TypeError, match="tx must be an RMSProp of rmsprop_jax or have one in it"):
         describe(tx)
+
+
+def test_numbers_are_not_rounded():
+    text = describe(rmsprop(0.1234567891, decay=0.9999999, initial_scale=jnp.float32(1)))
+    assert "learning_rate 0.1234567891, decay 0.9999999," in text
+    assert "from s = an array" in text
+
+
+def test_wrappers_of_all_kinds_are_looked_into():
+    class Slotted:
+        __slots__ = ()
+
+        def update(self):
+            if False:
+                later  # noqa: B018, F821
+
+    with pytest.raises(TypeError, match="tx must be an RMSProp"):
+        describe(Slotted())
+
+    def unassigned():
+        def update():
+            return later
+
+        tx = optax.GradientTransformation(update, update)
+        with pytest.raises(TypeError, match="tx must be an RMSProp"):
+            describe(tx)
+        later = None
+        return later
+
+    unassigned()
 
 
 def test_a_storage_of_ones_own_is_named():

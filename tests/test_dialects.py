@@ -13,7 +13,7 @@ import pytest
 
 from helpers import assert_close, gradients, run
 import reference
-from rmsprop_jax import RMSPropState, dialects, rmsprop
+from rmsprop_jax import RMSPropState, dialects
 from rmsprop_jax._storage import Float32
 
 REQUIRED = inspect.Parameter.empty
@@ -197,14 +197,6 @@ def test_the_decay_of_legacy_keras():
     assert_close(scheduled, falling, 1e-11, 1e-13)
 
 
-def test_momentum_in_an_array_moves_the_eps_of_legacy_keras():
-    """As there: a tensor is momentum, even if it holds 0."""
-    g = jnp.full(3, 1e-5)
-    tx = dialects.keras_legacy(0.1, momentum=jnp.float32(0))
-    inside, _ = run(rmsprop(0.1, eps=1e-7), [g])
-    np.testing.assert_allclose(run(tx, [g])[0][0], inside[0], rtol=1e-6)
-
-
 def test_a_complex_parameter_of_pytorch_is_a_pair_of_real_ones():
     grads = gradients(30, dtype=np.complex64, low=-3, high=3)
     kwargs = {"lr": 0.01, "alpha": 0.9, "eps": 1e-3, "momentum": 0.9, "weight_decay": 0.1}
@@ -288,6 +280,13 @@ REFUSED = [
     ("keras", {"weight_decay": -0.1}, ValueError, "weight_decay must be >= 0"),
     ("keras_legacy", {"momentum": 1.5}, ValueError, "momentum must be >= 0 and <= 1, got 1.5"),
     ("keras_legacy", {"momentum": -0.5}, ValueError, "momentum must be >= 0 .*got -0.5"),
+    (
+        "keras_legacy",
+        {"momentum": jnp.float32(0.9)},
+        TypeError,
+        "momentum must be a number or a",
+    ),
+    ("keras_legacy", {"epsilon": False}, TypeError, "epsilon must be a number.*got False"),
     ("keras_legacy", {"decay": -1.0}, ValueError, "decay must be >= 0 .*got -1.0"),
     ("sonnet", {"epsilon": -1}, ValueError, "epsilon must be >= 0"),
     ("paddle", {"learning_rate": None}, TypeError, "learning_rate must be a number"),
@@ -295,6 +294,7 @@ REFUSED = [
     ("paddle", {"rho": -0.1}, ValueError, "rho must be >= 0"),
     ("jax_example", {"gamma": -0.1}, ValueError, "gamma must be >= 0"),
     ("mlx", {"eps": 0.0}, ValueError, "eps must be > 0, got 0.0"),
+    ("mlx", {"eps": None}, TypeError, "eps must be a number.*None"),
     ("mlx", {"eps": -1e-8}, ValueError, "eps must be >= 0"),
     ("mlx", {"alpha": -0.1}, ValueError, "alpha must be >= 0"),
     ("graves", {"decay": -0.1}, ValueError, "decay must be >= 0"),
@@ -330,11 +330,31 @@ def test_each_lives_with_optax_and_passes_its_storage_on(name):
     np.testing.assert_array_equal(new.nu["b"], state.nu["b"])
 
     first = next(iter(SIGNATURES[name]))
-    injected = optax.inject_hyperparams(make)(**{first: 0.1})
+    absent = ("momentum", "weight_decay", "epsilon", "decay")
+    static = [n for n in absent if n in inspect.signature(make).parameters and n != first]
+    injected = optax.inject_hyperparams(make, static_args=static)(**{first: 0.1})
     chained = optax.chain(optax.clip(1e9), injected)
     alone = {"w": params["w"]}
     got, _ = jax.jit(chained.update)({"w": grads["w"]}, chained.init(alone), alone)
     np.testing.assert_allclose(got["w"], updates["w"], rtol=1e-6)
+
+
+def test_a_learning_rate_changed_by_hand():
+    """As one writes to param_groups in PyTorch; what static_args names stays absent."""
+    tx = optax.inject_hyperparams(dialects.pytorch, static_args=("weight_decay", "momentum"))(
+        lr=0.1
+    )
+    update = jax.jit(tx.update)
+    g = jnp.asarray([1.0, -3.0])
+    state = tx.init(g)
+    assert state.inner_state.trace is None
+    updates = []
+    for lr in (0.1, 0.01):
+        state.hyperparams["lr"] = jnp.asarray(lr)
+        u, state = update(g, state)
+        updates.append(u)
+    want = reference.run([g] * 2, learning_rate=[0.1, 0.01], decay=0.99, eps=1e-8, **OUTSIDE)
+    assert_close(updates, want, 5e-5, 5e-6)
 
 
 @pytest.mark.parametrize("name", dialects.__all__)

@@ -11,6 +11,7 @@ import pytest
 from helpers import assert_close, gradients, run
 import reference
 from rmsprop_jax import describe, recipes
+from rmsprop_jax.recipes._arguments import stairs
 
 TF1 = {"initial_scale": 1.0}
 TORCH = {"eps_in_sqrt": False, "lr_in_momentum": False}
@@ -127,6 +128,43 @@ def test_the_drop_at_the_end_of_efficientnets_rise():
     want = [efficientnet_rate(t, epoch) for t in (0, 1, rise - 1, rise, rise + 500)]
     np.testing.assert_allclose(rates, want, rtol=1e-5, atol=1e-9)
     np.testing.assert_allclose(rates[2:4], [0.25584, 0.24087], atol=1e-5)
+
+
+@pytest.mark.parametrize("x64", [False, True])
+def test_every_stair_is_where_it_should_be(x64):
+    """Compiled, for many lengths: XLA multiplies by 1 / length where it may, and misses some."""
+    with jax.enable_x64(x64):
+        for length in range(1, 130):
+            counts = jnp.asarray([k * length + d for k in (1, 2, 3, 50) for d in (-1, 0)])
+            tops = jnp.asarray([k + d for k in (1, 2, 3, 50) for d in (-1, 0)])
+            got = jax.jit(jax.vmap(stairs(1.0, float(length), 0.5)))(counts)
+            np.testing.assert_array_equal(got, 0.5**tops)
+        # A length that is not whole, but whose multiples by 5 are.
+        for epoch in (31.0, 62.0, 313.0):
+            counts = jnp.asarray([k * 12 * int(epoch) + d for k in (1, 2, 3) for d in (-1, 0)])
+            tops = jnp.asarray([k * 5 + d for k in (1, 2, 3) for d in (-1, 0)])
+            got = jax.jit(jax.vmap(stairs(1.0, 2.4 * epoch, 0.5)))(counts)
+            np.testing.assert_array_equal(got, 0.5**tops)
+
+
+def test_after_the_end():
+    """The learning rate stays 0, also of the last count there is."""
+    g = jnp.ones(2)
+    for tx in (recipes.impala(78125), recipes.torchbeast(46875), recipes.a2c(80e6, 80)):
+        state = tx.init(g)
+        for count in (10**6, 10**9, 2**31 - 1):
+            late = optax.tree.set(state, count=jnp.int32(count))
+            assert not jnp.any(jax.jit(tx.update)(g, late, g)[0])
+
+
+def test_the_norm_of_float16_gradients():
+    """Their squares are beyond float16; clipped in it, all updates would be 0."""
+    g = jnp.full(4, 300.0, jnp.float16)
+    for tx in (recipes.torchbeast(1000), recipes.a2c(1e6, 80)):
+        updates, _ = tx.update(g, tx.init(g))
+        assert updates.dtype == jnp.float16
+        want, _ = tx.update(g.astype(jnp.float32), tx.init(g))
+        np.testing.assert_allclose(updates, want, rtol=2e-3)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,9 @@ Each is :func:`rmsprop_jax.rmsprop` with some of its switches set. What they hav
   as soon as it changes.
 - The number 0 as momentum or weight decay means that the term is absent, and with it its part of
   the state.
+- ``optax.inject_hyperparams`` makes arrays of all numbers, also of those that mean absence, and
+  what is in an array is there. Name them: ``optax.inject_hyperparams(dialects.pytorch,
+  static_args=("weight_decay", "momentum"))(lr=0.1)``.
 - What the framework refuses is refused, with ``ValueError`` or ``TypeError``, and so is what
   ``rmsprop`` refuses: a decay above 1, numbers that are negative or not finite.
 - Gradients are summed up as in ``rmsprop``: in at least float32, and without the cancellation

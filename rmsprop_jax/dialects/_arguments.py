@@ -16,7 +16,8 @@ def checked(**arguments: Any) -> list[Any]:
 
 def unless_0(value: Any) -> Any:
     """value, or None, for a term that is absent, if it is the number 0."""
-    return None if isinstance(value, numbers.Real) and value == 0 else value
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return None if is_number and value == 0 else value
 
 
 def at(value: Any, count: Any) -> Any:

@@ -93,9 +93,9 @@ def mlx(
 
     Source: python/mlx/optimizers/optimizers.py.
     """
+    learning_rate, alpha, eps = checked(learning_rate=learning_rate, alpha=alpha, eps=eps)
     if unless_0(eps) is None:
         raise ValueError(f"eps must be > 0, got {eps!r}")
-    learning_rate, alpha, eps = checked(learning_rate=learning_rate, alpha=alpha, eps=eps)
     return rmsprop(learning_rate, alpha, eps, eps_in_sqrt=False, storage=storage)
 
 

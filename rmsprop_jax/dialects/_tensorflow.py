@@ -156,7 +156,7 @@ def keras_legacy(
     Args:
       learning_rate: number, in units of the parameters per step.
       rho: number in [0, 1], the weight of the past in s.
-      momentum: number in [0, 1], the weight of the past in b.
+      momentum: number in [0, 1], the weight of the past in b; not an array.
       epsilon: number of at least 0, in units of the gradient squared with momentum, of the
         gradient without; 0 and None mean 1e-7, as there.
       centered: whether s is the variance of the gradient or its second moment.
@@ -185,13 +185,19 @@ def keras_legacy(
 
     Source: tf_keras/src/optimizers/legacy/rmsprop.py and optimizer_v2.py.
     """
-    if unless_0(epsilon) is None:
+    if epsilon is None or unless_0(epsilon) is None:
         epsilon = 1e-7
     learning_rate, rho, momentum, epsilon = checked(
         learning_rate=learning_rate, rho=rho, momentum=momentum, epsilon=epsilon
     )
     if isinstance(momentum, float) and momentum > 1:
         raise ValueError(f"momentum must be >= 0 and <= 1, got {momentum}")
+    if isinstance(momentum, jax.Array):
+        raise TypeError(
+            "momentum must be a number or a schedule, since epsilon's place depends on whether "
+            "there is any, got an array; optax.inject_hyperparams leaves alone what static_args "
+            "names"
+        )
     decay = _checks.number("decay", decay, (0, math.inf), schedule=False)
     momentum = unless_0(momentum)
     return rmsprop(

@@ -9,7 +9,9 @@ weights, clipped weights, how the loss is reduced) is said in the docstring, sin
 nothing without it.
 
 Schedules count updates. Those of image models are given ``steps_per_epoch``, the number of
-training images divided by the batch size; it need not be whole.
+training images divided by the batch size; it need not be whole. What is added to or clipped of the
+gradients before RMSProp is Optax's, with its limits: one infinite gradient and a clipped norm make
+NaN of that gradient and 0 of the others.
 """
 
 from rmsprop_jax.recipes._generative import wgan

@@ -117,7 +117,7 @@ def impala(
       s <- decay s + (1 - decay) |g|^2
       x <- x - learning_rate g / sqrt(s + eps)
       from s = 1
-      with learning_rate scheduled, decay 0.99, eps 0.1
+      with learning_rate a schedule, decay 0.99, eps 0.1
 
     Sources: Espeholt et al., arXiv:1802.01561, 2018; google-deepmind/scalable_agent,
     experiment.py.
@@ -158,7 +158,7 @@ def torchbeast(
       s <- decay s + (1 - decay) g^2
       x <- x - learning_rate g / (sqrt(s) + eps)
       from s = 0
-      with learning_rate scheduled, decay 0.99, eps 0.01
+      with learning_rate a schedule, decay 0.99, eps 0.01
 
     Source: facebookresearch/torchbeast, torchbeast/monobeast.py and polybeast_learner.py.
     """
@@ -200,7 +200,7 @@ def a2c(
       s <- decay s + (1 - decay) |g|^2
       x <- x - learning_rate g / sqrt(s + eps)
       from s = 1
-      with learning_rate scheduled, decay 0.99, eps 1e-05
+      with learning_rate a schedule, decay 0.99, eps 1e-05
 
     Stable-Baselines3 has other defaults: PyTorch's rule and a constant learning rate. With its
     ``RMSpropTFLike`` it is ``dialects.stable_baselines3(7e-4, eps=1e-5)``.
@@ -211,7 +211,7 @@ def a2c(
     total, batch = above_0("total_timesteps", total_timesteps), above_0("batch_size", batch_size)
 
     def schedule(count: jax.Array) -> jax.Array:
-        done = (count + 1) * (batch / total) - 1 / total
+        done = count * (batch / total) + (batch - 1) / total
         return rate * jnp.maximum(1 - done, 0)
 
     return clipped(max_norm, tensorflow_v1(schedule, 0.99, epsilon=1e-5, storage=storage))
@@ -219,5 +219,5 @@ def a2c(
 
 def _to_0(learning_rate: Scalar, total_steps: float) -> optax.Schedule:
     """From learning_rate at the first update in a straight line to 0 after total_steps."""
-    rate = number("learning_rate", learning_rate)
-    return optax.linear_schedule(rate, 0.0, above_0("total_steps", total_steps))
+    rate, total = number("learning_rate", learning_rate), above_0("total_steps", total_steps)
+    return lambda count: rate * jnp.maximum(1 - count / total, 0)

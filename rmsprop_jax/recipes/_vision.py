@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from rmsprop_jax._rmsprop import rmsprop
 from rmsprop_jax._rule import Scalar
 from rmsprop_jax._storage import Storage
-from rmsprop_jax.dialects import pytorch, tensorflow_v1
-from rmsprop_jax.recipes._arguments import above_0, clipped, decayed, number
+from rmsprop_jax.dialects import pytorch
+from rmsprop_jax.recipes._arguments import above_0, clipped, number, stairs
 
 
 def inception(
@@ -47,18 +48,19 @@ def inception(
     Example:
       >>> from rmsprop_jax import describe, recipes
       >>> print(describe(recipes.inception(1281167 / 1600)))
+      g <- g + weight_decay x
       s <- decay s + (1 - decay) |g|^2
       b <- momentum b + learning_rate g / sqrt(s + eps)
       x <- x - b
       from s = 1
-      with learning_rate scheduled, decay 0.9, eps 1, momentum 0.9
+      with learning_rate a schedule, decay 0.9, eps 1, momentum 0.9, weight_decay 4e-05
 
     Sources: Szegedy et al., arXiv:1512.00567, 2015, and arXiv:1602.07261, 2016; tensorflow/models,
     inception/inception/inception_distributed_train.py (of 2016).
     """
     schedule = _stairs(learning_rate, 2 * above_0("steps_per_epoch", steps_per_epoch), 0.94)
-    tx = tensorflow_v1(schedule, 0.9, number("momentum", momentum), 1.0, storage=storage)
-    return decayed(weight_decay, mask, clipped(max_norm, tx))
+    momentum = number("momentum", momentum)
+    return _tensorflow(schedule, momentum, 1.0, weight_decay, mask, storage, max_norm)
 
 
 def mobilenet_v2(
@@ -94,19 +96,19 @@ def mobilenet_v2(
     Example:
       >>> from rmsprop_jax import describe, recipes
       >>> print(describe(recipes.mobilenet_v2(1281167 / 96)))
+      g <- g + weight_decay x
       s <- decay s + (1 - decay) |g|^2
       b <- momentum b + learning_rate g / sqrt(s + eps)
       x <- x - b
       from s = 1
-      with learning_rate scheduled, decay 0.9, eps 1, momentum 0.9
+      with learning_rate a schedule, decay 0.9, eps 1, momentum 0.9, weight_decay 4e-05
 
     Sources: Sandler et al., arXiv:1801.04381, 2018, section 6.1; tensorflow/models,
     research/slim/train_image_classifier.py and nets/mobilenet/README.md.
     """
     epoch = above_0("steps_per_epoch", steps_per_epoch)
     schedule = _stairs(learning_rate, epoch * above_0("epochs_per_decay", epochs_per_decay), 0.98)
-    tx = tensorflow_v1(schedule, 0.9, 0.9, 1.0, storage=storage)
-    return decayed(weight_decay, mask, tx)
+    return _tensorflow(schedule, 0.9, 1.0, weight_decay, mask, storage)
 
 
 def mobilenet_v3(
@@ -143,11 +145,12 @@ def mobilenet_v3(
     Example:
       >>> from rmsprop_jax import describe, recipes
       >>> print(describe(recipes.mobilenet_v3(1281167 / 4096)))
+      g <- g + weight_decay x
       s <- decay s + (1 - decay) |g|^2
       b <- momentum b + learning_rate g / sqrt(s + eps)
       x <- x - b
       from s = 1
-      with learning_rate scheduled, decay 0.9, eps 0.002, momentum 0.9
+      with learning_rate a schedule, decay 0.9, eps 0.002, momentum 0.9, weight_decay 1e-05
 
     Sources: Howard et al., arXiv:1905.02244, 2019, section 6.1.1; tensorflow/models,
     research/slim/nets/mobilenet/README.md.
@@ -161,8 +164,7 @@ def mobilenet_v3(
         rising = peak * count / warmup if warmup else jnp.inf
         return jnp.minimum(rising, falling(count))
 
-    tx = tensorflow_v1(schedule, 0.9, 0.9, 0.002, storage=storage)
-    return decayed(weight_decay, mask, tx)
+    return _tensorflow(schedule, 0.9, 0.002, weight_decay, mask, storage)
 
 
 def efficientnet(
@@ -199,25 +201,25 @@ def efficientnet(
     Example:
       >>> from rmsprop_jax import describe, recipes
       >>> print(describe(recipes.efficientnet(1281167 / 4096)))
+      g <- g + weight_decay x
       s <- decay s + (1 - decay) |g|^2
       b <- momentum b + learning_rate g / sqrt(s + eps)
       x <- x - b
       from s = 1
-      with learning_rate scheduled, decay 0.9, eps 0.001, momentum 0.9
+      with learning_rate a schedule, decay 0.9, eps 0.001, momentum 0.9, weight_decay 1e-05
 
     Sources: Tan and Le, arXiv:1905.11946, 2019; Tan et al., arXiv:1807.11626, 2018 (MnasNet);
     tensorflow/tpu, models/official/efficientnet/main.py and utils.py.
     """
     epoch = above_0("steps_per_epoch", steps_per_epoch)
     peak = number("learning_rate", learning_rate)
-    falling = optax.exponential_decay(peak, 2.4 * epoch, 0.97, staircase=True)
+    falling = stairs(peak, 2.4 * epoch, 0.97)
     warmup = _warmup_steps(warmup_epochs, epoch)
 
     def schedule(count: jax.Array) -> jax.Array:
         return jnp.where(count < warmup, peak * count / max(warmup, 1), falling(count))
 
-    tx = tensorflow_v1(schedule, 0.9, 0.9, 0.001, storage=storage)
-    return decayed(weight_decay, mask, tx)
+    return _tensorflow(schedule, 0.9, 0.001, weight_decay, mask, storage)
 
 
 def torchvision_mobilenet_v3(
@@ -252,7 +254,7 @@ def torchvision_mobilenet_v3(
       b <- momentum b + g / (sqrt(s) + eps)
       x <- x - learning_rate b
       from s = 0
-      with learning_rate scheduled, decay 0.9, eps 0.0316, momentum 0.9, weight_decay 1e-05
+      with learning_rate a schedule, decay 0.9, eps 0.0316, momentum 0.9, weight_decay 1e-05
 
     Source: pytorch/vision, references/classification/README.md and train.py.
     """
@@ -268,10 +270,34 @@ def torchvision_mobilenet_v3(
 
 
 def _stairs(learning_rate: Scalar, steps: float, factor: float) -> optax.Schedule:
-    """A learning rate that is multiplied by a factor every so many steps, cut to a whole number."""
-    rate = number("learning_rate", learning_rate)
-    # As a float, since Optax divides whole numbers in float32.
-    return optax.exponential_decay(rate, float(max(int(steps), 1)), factor, staircase=True)
+    """Stairs whose length is cut to a whole number, as TensorFlow's training code does."""
+    return stairs(number("learning_rate", learning_rate), float(max(int(steps), 1)), factor)
+
+
+def _tensorflow(
+    schedule: optax.Schedule,
+    momentum: Scalar,
+    eps: float,
+    weight_decay: Scalar,
+    mask: Any,
+    storage: Storage | None,
+    max_norm: float | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """TensorFlow 1's rule on the gradients of a loss plus weight_decay |x|^2 / 2."""
+    weight_decay = number("weight_decay", weight_decay)
+    absent = isinstance(weight_decay, float) and weight_decay == 0
+    apart = not absent and (mask is not None or max_norm is not None)
+    tx = rmsprop(
+        schedule,
+        0.9,
+        eps,
+        initial_scale=1.0,
+        momentum=momentum,
+        weight_decay=None if absent or apart else weight_decay,
+        storage=storage,
+    )
+    tx = clipped(max_norm, tx)
+    return optax.chain(optax.add_decayed_weights(weight_decay, mask), tx) if apart else tx
 
 
 def _warmup_steps(warmup_epochs: float, steps_per_epoch: float) -> int:
