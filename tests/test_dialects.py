@@ -353,7 +353,9 @@ def test_a_learning_rate_changed_by_hand():
         state.hyperparams["lr"] = jnp.asarray(lr)
         u, state = update(g, state)
         updates.append(u)
-    want = reference.run([g] * 2, learning_rate=[0.1, 0.01], decay=0.99, eps=1e-8, **OUTSIDE)
+    want = reference.run(
+        [np.asarray(g)] * 2, learning_rate=[0.1, 0.01], decay=0.99, eps=1e-8, **OUTSIDE
+    )
     assert_close(updates, want, 5e-5, 5e-6)
 
 
