@@ -352,7 +352,7 @@ def test_a_learning_rate_changed_by_hand():
     for lr in (0.1, 0.01):
         state.hyperparams["lr"] = jnp.asarray(lr)
         u, state = update(g, state)
-        updates.append(u)
+        updates.append(np.asarray(u))
     want = reference.run(
         [np.asarray(g)] * 2, learning_rate=[0.1, 0.01], decay=0.99, eps=1e-8, **OUTSIDE
     )
