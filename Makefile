@@ -25,6 +25,8 @@ test-oldest: .venv-oldest/installed
 compare: .venv-compare/installed
 	.venv-compare/bin/python tests/compare/record_dialects.py --check
 	.venv-compare/bin/python tests/compare/record_simplenet.py --check
+	.venv-compare/bin/python tests/compare/record_resume.py --check
+	.venv-compare/bin/python -m pytest tests/test_simplenet.py tests/test_resume_from_pytorch.py
 
 clean:
 	rm -rf .venv .venv-oldest .venv-compare out build dist
@@ -48,5 +50,5 @@ clean:
 
 .venv-compare/installed: pyproject.toml
 	$(PYTHON) -m venv .venv-compare
-	.venv-compare/bin/python -m pip install --quiet --editable '.[compare]'
+	.venv-compare/bin/python -m pip install --quiet --editable '.[compare,test]'
 	touch $@

@@ -86,13 +86,17 @@ def _pytorch(gradients, start, rates, options):
 
 def _timm(gradients, start, rates, options):
     """timm.optim.RMSpropTF, constructed with the first learning rate"""
+    return _in_torch(import_timm(), gradients, start, rates, options)
+
+
+def import_timm():
     # Unexecuted packages: what they import besides, models and torchvision, is not needed.
     for name in ("timm", "timm.optim"):
         package = importlib.util.module_from_spec(importlib.util.find_spec(name))
         sys.modules.setdefault(name, package)
     from timm.optim.rmsprop_tf import RMSpropTF
 
-    return _in_torch(RMSpropTF, gradients, start, rates, options)
+    return RMSpropTF
 
 
 def _stable_baselines3(gradients, start, rates, options):
@@ -120,9 +124,9 @@ def _in_torch(optimizer_class, gradients, start, rates, options):
 
 def _keras(gradients, start, rates, options):
     """keras.optimizers.RMSprop of Keras 3, on JAX; a LearningRateSchedule if the rate changes"""
-    keras = _import_keras(start.dtype)
+    keras = import_keras(start.dtype)
     x = keras.Variable(start, dtype=start.dtype.name)
-    rate = {} if rates is None else {"learning_rate": _keras_rate(keras, rates)}
+    rate = {} if rates is None else {"learning_rate": keras_rate(keras, rates)}
     optimizer = keras.optimizers.RMSprop(**rate, **options)
     path = []
     for g in gradients:
@@ -131,7 +135,7 @@ def _keras(gradients, start, rates, options):
     return np.stack(path)
 
 
-def _import_keras(dtype):
+def import_keras(dtype):
     os.environ["KERAS_BACKEND"] = "jax"
     import jax
 
@@ -139,10 +143,11 @@ def _import_keras(dtype):
     import keras
 
     keras.config.set_floatx(dtype.name)
+    keras.config.set_dtype_policy(dtype.name)
     return keras
 
 
-def _keras_rate(keras, rates):
+def keras_rate(keras, rates):
     if np.ptp(rates) == 0:
         return float(rates[0])
 
@@ -182,7 +187,7 @@ def _in_tensorflow(build, gradients, start, rates, options, plain):
     x = tf.Variable(start)
     now = tf.Variable(0.0, dtype=x.dtype)
     rate = {} if rates is None else {"learning_rate": now.read_value}
-    optimizer = build(_tensors(options, x.dtype, plain), rate)
+    optimizer = build(tensors(options, x.dtype, plain), rate)
     path = []
     for t, g in enumerate(gradients):
         if rates is not None:
@@ -192,7 +197,7 @@ def _in_tensorflow(build, gradients, start, rates, options, plain):
     return np.stack(path)
 
 
-def _tensors(options, dtype, plain):
+def tensors(options, dtype, plain):
     """The options as tensors if dtype is float64, but for the names in plain."""
     import tensorflow as tf
 
@@ -211,7 +216,7 @@ def _sonnet(gradients, start, rates, options):
 
     x = tf.Variable(start)
     rate = tf.Variable(0.0, dtype=x.dtype)
-    optimizer = sonnet.optimizers.RMSProp(rate, **_tensors(options, x.dtype, {"centered"}))
+    optimizer = sonnet.optimizers.RMSProp(rate, **tensors(options, x.dtype, {"centered"}))
     path = []
     for t, g in enumerate(gradients):
         rate.assign(rates[t])
@@ -314,13 +319,13 @@ def pytorch_features():
 
 def keras_features():
     """What keras.optimizers.RMSprop has around its rule, {feature/name: path}."""
-    keras = _import_keras(np.dtype(np.float64))
+    keras = import_keras(np.dtype(np.float64))
     schedules = keras.optimizers.schedules
     gradients, start = cases.tree_problem()
     paths = {}
     for feature, options in cases.KERAS_FEATURES.items():
         x = {name: keras.Variable(value, name=name) for name, value in start.items()}
-        rate = _keras_rate(keras, cases.FALLING)
+        rate = keras_rate(keras, cases.FALLING)
         if feature == "PiecewiseConstantDecay":
             rate = schedules.PiecewiseConstantDecay(**cases.PIECES)
         optimizer = keras.optimizers.RMSprop(rate, **cases.KERAS_BASE, **options)

@@ -1,0 +1,83 @@
+"""Checkpoints that move: optimizer states from and to PyTorch, timm, Keras, TensorFlow 1 and Optax.
+
+    mapping = convert.torch_dense("fc1", "fc1") | convert.torch_dense("fc2", "fc2")
+    tx = dialects.pytorch(lr=1e-2, momentum=0.9)
+    state = convert.from_pytorch(state_dict, params, mapping, tx, names=names)
+
+Each ``from_`` gives the state with which a transformation of this library goes on, each ``to_`` the
+state with which the framework does; what the framework means by its numbers is converted, too. No
+framework is imported: they work on arrays, tensors and mappings.
+
+A mapping says for each leaf of the parameters where the framework has it: its name or number if it
+is laid out alike, or a :class:`Leaf`. There are ready-made ones for the usual layers.
+
+Plain states, and buffers that are not rescaled, come back bit for bit. A variance s becomes the
+second moment s + m^2 and back with one rounding each to the precision of the state, and a second
+moment below m^2, which frameworks reach by cancellation, becomes a variance of 0. A rescaled buffer
+is rounded once.
+"""
+
+from rmsprop_jax.convert._keras import from_keras, to_keras
+from rmsprop_jax.convert._layers import (
+    keras_conv,
+    keras_dense,
+    keras_embedding,
+    keras_lstm,
+    keras_norm,
+    keras_norm_stats,
+    torch_conv,
+    torch_dense,
+    torch_dense_after_conv,
+    torch_embedding,
+    torch_lstm,
+    torch_norm,
+    torch_norm_stats,
+)
+from rmsprop_jax.convert._mapping import Leaf
+from rmsprop_jax.convert._optax import from_optax, to_optax
+from rmsprop_jax.convert._params import params_from, params_to
+from rmsprop_jax.convert._tensorflow import (
+    from_tensorflow_v1,
+    tensorflow_v1_slots,
+    to_tensorflow_v1,
+)
+from rmsprop_jax.convert._torch import (
+    from_pytorch,
+    from_timm,
+    pytorch_options,
+    timm_options,
+    to_pytorch,
+    to_timm,
+)
+
+__all__ = [
+    "Leaf",
+    "from_keras",
+    "from_optax",
+    "from_pytorch",
+    "from_tensorflow_v1",
+    "from_timm",
+    "keras_conv",
+    "keras_dense",
+    "keras_embedding",
+    "keras_lstm",
+    "keras_norm",
+    "keras_norm_stats",
+    "params_from",
+    "params_to",
+    "pytorch_options",
+    "tensorflow_v1_slots",
+    "timm_options",
+    "to_keras",
+    "to_optax",
+    "to_pytorch",
+    "to_tensorflow_v1",
+    "to_timm",
+    "torch_conv",
+    "torch_dense",
+    "torch_dense_after_conv",
+    "torch_embedding",
+    "torch_lstm",
+    "torch_norm",
+    "torch_norm_stats",
+]

@@ -1,0 +1,136 @@
+"""The variables of Keras 3's ``keras.optimizers.RMSprop``."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from rmsprop_jax.convert._arrays import array
+from rmsprop_jax.convert._mapping import LeafMapping, Name, as_leaf
+from rmsprop_jax.convert._state import Entry, Foreign, rules_of, to_ours, to_theirs
+
+_KERAS = {"nu": "velocity", "trace": "momentum", "mu": "average_gradient"}  # in Keras's order
+
+
+def from_keras(
+    variables: Sequence[Any] | Mapping[str, Any],
+    params: Any,
+    mapping: LeafMapping,
+    tx: Any,
+    *,
+    names: Sequence[str] | None = None,
+) -> Any:
+    """The state with which a transformation goes on where ``keras.optimizers.RMSprop`` stopped.
+
+    Keras keeps, in this order: the number of steps; the learning rate, unless it is a schedule;
+    a velocity for each trainable variable, which is the second moment s is made of; a momentum
+    for each, if there is momentum, which is b with the learning rate in it; and an average
+    gradient for each, if centered.
+
+    Args:
+      variables: ``optimizer.variables``, or the group "optimizer/vars" of a ``.weights.h5`` file
+        read by h5py, or a mapping like it, from "0" on: what ``save_own_variables`` writes.
+      params: tree of parameters; only its structure, shapes, dtypes and placement count.
+      mapping: for each leaf of params by its path, as "layer/kernel", the name or number of
+        Keras's trainable variable, or a :class:`Leaf` if the layouts differ.
+      tx: the transformation to go on with, ``dialects.keras(...)`` as a rule. It may be wrapped:
+        every RMSPropState in its state is filled, and all else is as ``init`` makes it.
+      names: of the trainable variables in their order, ``[v.path for v in
+        model.trainable_variables]``; needed if mapping has names.
+
+    Returns:
+      The state of tx.
+
+    Raises:
+      ValueError: if variables are missing, left over or of a wrong shape, or tx cannot express
+        what they hold. Nothing is converted then.
+      TypeError: if tx is not a transformation of this library.
+    """
+    arrays = _arrays(variables)
+    order = _order(mapping, names)
+    fields = _fields(tx)
+    head = len(arrays) - len(order) * len(fields)
+    if head not in (1, 2) or any(np.shape(array) != () for array in arrays[:head]):
+        raise ValueError(
+            "variables must be the number of steps, the learning rate unless it is a schedule, "
+            f"and {len(order)} each of {[_KERAS[field] for field in fields]} as tx has them; "
+            f"got arrays of shapes {[np.shape(array) for array in arrays]}"
+        )
+    for i, variable in enumerate(variables if not isinstance(variables, Mapping) else ()):
+        path, wanted = getattr(variable, "path", ""), _KERAS[fields[max(i - head, 0) // len(order)]]
+        if i >= head and path and not path.endswith(f"_{wanted}"):
+            raise ValueError(f"variables[{i}] is {path!r}, but tx wants a {wanted} there")
+    slots = {
+        field: arrays[head + i * len(order) : head + (i + 1) * len(order)]
+        for i, field in enumerate(fields)
+    }
+    entries = {
+        name: Entry(**{field: slot[i] for field, slot in slots.items()})
+        for i, name in enumerate(order)
+    }
+    steps = int(arrays[0])
+    return to_ours(Foreign(entries, steps, lr_in_momentum=True), params, mapping, tx)
+
+
+def to_keras(
+    state: Any,
+    params: Any,
+    mapping: LeafMapping,
+    tx: Any,
+    *,
+    learning_rate: float | None = None,
+    names: Sequence[str] | None = None,
+) -> list[np.ndarray]:
+    """The variables with which ``keras.optimizers.RMSprop`` goes on: :func:`from_keras` undone.
+
+    Args:
+      state: of tx.
+      params: tree of parameters, as in :func:`from_keras`.
+      mapping: as in :func:`from_keras`.
+      tx: the transformation whose state it is.
+      learning_rate: of the optimizer that goes on; None if it has a schedule.
+      names: as in :func:`from_keras`.
+
+    Returns:
+      Arrays for ``optimizer.variables`` in their order, once ``optimizer.build`` has made them:
+      ``for v, a in zip(optimizer.variables, arrays): v.assign(a)``.
+
+    Raises:
+      ValueError, TypeError: as :func:`from_keras`.
+    """
+    foreign = to_theirs(state, params, mapping, tx, lr_in_momentum=True)
+    order = _order(mapping, names)
+    if set(order) != set(foreign.entries):
+        raise ValueError(f"mapping must name each of {order}, and names {list(foreign.entries)}")
+    head = [np.asarray(foreign.steps)]
+    if learning_rate is not None:
+        head.append(np.asarray(learning_rate))
+    return head + [getattr(foreign.entries[name], field) for field in _fields(tx) for name in order]
+
+
+def _fields(tx: Any) -> list[str]:
+    """Which slots tx has. Keras has one optimizer for all variables."""
+    has = {(rule.hyper.momentum is not None, rule.centered) for rule in rules_of(tx)}
+    if len(has) != 1:
+        raise ValueError("tx must be one RMSProp for all variables, as Keras has, or alike ones")
+    ((momentum, centered),) = has
+    return ["nu", *["trace"] * momentum, *["mu"] * centered]
+
+
+def _order(mapping: LeafMapping, names: Sequence[str] | None) -> list[Name]:
+    """The names of the trainable variables in their order, or their numbers."""
+    used = {name for leaf in mapping.values() for name in as_leaf(leaf).names()}
+    if all(isinstance(name, int) for name in used):
+        return list(range(len(used)))
+    if names is None:
+        raise ValueError("names are needed: mapping has names, not numbers")
+    return list(names)
+
+
+def _arrays(variables: Any) -> list[np.ndarray]:
+    if isinstance(variables, Mapping):
+        keys = [str(i) for i in range(len(variables))]
+        if set(keys) != set(variables):
+            raise ValueError(f"variables must be '0', '1', ..., got {sorted(variables)[:20]}")
+        variables = [variables[key] for key in keys]
+    return [array(variable) for variable in variables]

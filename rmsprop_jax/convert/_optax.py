@@ -1,0 +1,129 @@
+"""The states of ``optax.rmsprop``."""
+
+import functools
+from typing import Any
+
+import jax
+from jax.tree_util import tree_map_with_path
+import numpy as np
+
+from rmsprop_jax.convert._mapping import Leaf, Name, by_path, path_of, take
+from rmsprop_jax.convert._state import Entry, Foreign, place, rules_of, to_ours, to_theirs
+
+
+def from_optax(opt_state: Any, params: Any, tx: Any, *, steps: int | None = None) -> Any:
+    """The state with which a transformation goes on where ``optax.rmsprop`` stopped.
+
+    s is ``nu``, less ``mu`` squared if centered; b is ``trace`` with its sign changed, since
+    Optax's points downhill. Under bias correction both are divided by 1 - decay^steps.
+
+    Args:
+      opt_state: of ``optax.rmsprop``, in any of its forms.
+      params: tree of parameters; only its structure, shapes, dtypes and placement count.
+      tx: the transformation to go on with, ``rmsprop(...)`` as a rule. It may be wrapped: every
+        RMSPropState in its state is filled, and all else is as ``init`` makes it.
+      steps: how many were taken; None for what opt_state says, which knows it if it has a schedule
+        or bias correction, or else 0.
+
+    Returns:
+      The state of tx.
+
+    Raises:
+      ValueError: if opt_state is of another form than tx, or of another tree than params.
+      TypeError: if tx is not a transformation of this library.
+    """
+    found = [state for state in jax.tree.leaves(opt_state, is_leaf=_is_theirs) if _is_theirs(state)]
+    fields = {name: value for state in found for name, value in state._asdict().items()}
+    if "nu" not in fields or sum("nu" in state._fields for state in found) > 1:
+        raise ValueError(f"opt_state must be of one optax.rmsprop, got {opt_state!r}")
+    counts = {int(state.count) for state in found if "count" in state._fields}
+    if steps is None:
+        if len(counts) > 1:
+            raise ValueError(f"opt_state has the counts {sorted(counts)}: give steps")
+        steps = counts.pop() if counts else 0
+    corrected = any({"nu", "count"} <= set(state._fields) for state in found)
+    slots = {name: by_path(fields[name]) for name in ("nu", "mu", "trace") if name in fields}
+    entries: dict[Name, Entry | None] = {}
+    for slot in slots:
+        if differ := sorted(set(slots[slot]) ^ set(slots["nu"])):
+            raise ValueError(f"opt_state has nu or {slot} of {differ}, but not both")
+    for path, nu in slots["nu"].items():
+        mu, trace = (np.asarray(slots[n][path]) if n in slots else None for n in ("mu", "trace"))
+        entries[path] = Entry(np.asarray(nu), mu, None if trace is None else -trace)
+    weight_sum = _weight_sum(tx, steps) if corrected else None
+    foreign = Foreign(entries, steps, lr_in_momentum=True, weight_sum=weight_sum)
+    return to_ours(foreign, params, {path: path for path in by_path(params)}, tx)
+
+
+def to_optax(state: Any, params: Any, tx: Any, like: Any) -> Any:
+    """The state with which ``optax.rmsprop`` goes on: :func:`from_optax` undone.
+
+    Args:
+      state: of tx.
+      params: tree of parameters.
+      tx: the transformation whose state it is.
+      like: a state of the ``optax.rmsprop`` that goes on, as ``init`` makes it.
+
+    Returns:
+      like, with other values.
+
+    Raises:
+      ValueError: if like is of another form than tx, or of another tree than params.
+      TypeError: if tx is not a transformation of this library.
+    """
+    mapping = {path: path for path in by_path(params)}
+    foreign = to_theirs(state, params, mapping, tx, lr_in_momentum=True)
+    has = {field: _has(foreign, field) for field in ("nu", "mu", "trace")}
+
+    def slot(field: str, path: Any, old: Any) -> Any:
+        where = path_of(path)
+        if where not in foreign.entries:
+            raise ValueError(f"like has {where!r}, and params has not")
+        value = getattr(foreign.entries[where], field)
+        value = take(value, Leaf(where), np.shape(old), f"{field} of {where!r}")
+        return place(old, -value if field == "trace" else value)
+
+    def fill(old: Any) -> Any:
+        if not _is_theirs(old):
+            return old
+        new: dict[str, Any] = {}
+        for field in set(old._fields) & set(has):
+            if not has[field]:
+                raise ValueError(f"like has {field}, and tx has not")
+            tree = getattr(old, field)
+            if missing := sorted(set(mapping) - set(by_path(tree))):
+                raise ValueError(f"like has no {field} of {missing}")
+            new[field] = tree_map_with_path(functools.partial(slot, field), tree)
+            used.add(field)
+        if "count" in old._fields:
+            new["count"] = place(old.count, np.asarray(foreign.steps))
+            corrected.append("nu" in old._fields)
+        return old._replace(**new)
+
+    used: set[str] = set()
+    corrected: list[bool] = []
+    filled = jax.tree.map(fill, like, is_leaf=_is_theirs)
+    if left := sorted(field for field in has if has[field] and field not in used):
+        raise ValueError(f"tx has {left}, and like has not")
+    if any(corrected) != (foreign.weight_sum is not None):
+        raise ValueError(f"bias_correction={any(corrected)} in like, but not so in tx")
+    return filled
+
+
+def _has(foreign: Foreign, field: str) -> bool:
+    return any(entry and getattr(entry, field) is not None for entry in foreign.entries.values())
+
+
+def _weight_sum(tx: Any, steps: int) -> float | None:
+    """1 - decay^steps, by which Optax divides in every step, and we in the state."""
+    found = [rule.hyper.decay for rule in rules_of(tx)]
+    decays = {None if callable(decay) else float(decay) for decay in found}
+    if len(decays) != 1 or (decay := decays.pop()) is None:
+        raise ValueError("tx must have one constant decay, as optax.rmsprop has")
+    return 1 - decay**steps
+
+
+def _is_theirs(value: Any) -> bool:
+    """Whether this is one of the states in the chain of optax.rmsprop that holds something."""
+    fields = set(getattr(value, "_fields", ()))
+    return ("nu" in fields and "weight_sum" not in fields) or fields in ({"trace"}, {"count"})

@@ -1,0 +1,90 @@
+"""Parameters themselves, by the mapping of their states."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from rmsprop_jax.convert._arrays import array
+from rmsprop_jax.convert._mapping import (
+    LeafMapping,
+    Name,
+    path_of,
+    put,
+    refuse_unmapped,
+    resolve,
+    take,
+)
+from rmsprop_jax.convert._state import place
+
+
+def params_from(arrays: Mapping[Name, Any], params: Any, mapping: LeafMapping) -> Any:
+    """A tree of parameters with another framework's values.
+
+    Args:
+      arrays: of the framework, by the names of the mapping: ``model.state_dict()`` of PyTorch
+        without its buffers, ``{v.path: v for v in model.trainable_variables}`` of Keras.
+      params: the tree that gives structure, shapes, dtypes and placement.
+      mapping: for each leaf of params by its path, as "layer/kernel", the name of the framework's
+        parameter, or a :class:`Leaf` if the layouts differ.
+
+    Returns:
+      A tree like params.
+
+    Raises:
+      ValueError: if an array is missing, left over or of a wrong shape.
+
+    Example:
+      >>> import numpy as np
+      >>> from rmsprop_jax import convert
+      >>> params = {"fc": {"kernel": np.zeros((3, 2)), "bias": np.zeros(2)}}
+      >>> theirs = {"fc.weight": np.ones((2, 3)), "fc.bias": np.ones(2)}
+      >>> mapping = convert.torch_dense("fc", "fc")
+      >>> convert.params_from(theirs, params, mapping)["fc"]["kernel"].shape
+      (3, 2)
+    """
+    leaves = resolve(mapping, params)
+    refuse_unmapped(arrays, leaves)
+
+    def fill(path: Any, old: Any) -> Any:
+        leaf = leaves[path_of(path)]
+        found = [
+            take(array(arrays[name]), leaf, np.shape(old), f"{name!r}") for name in leaf.names()
+        ]
+        return place(old, sum(found[1:], start=found[0]))
+
+    return jax.tree_util.tree_map_with_path(fill, params)
+
+
+def params_to(params: Any, mapping: LeafMapping) -> dict[Name, np.ndarray]:
+    """The arrays of another framework with our parameters' values: :func:`params_from` undone.
+
+    Args:
+      params: tree of parameters.
+      mapping: as in :func:`params_from`.
+
+    Returns:
+      Arrays by the names of the mapping.
+
+    Raises:
+      ValueError: if mapping is not of these parameters.
+
+    Example:
+      >>> import numpy as np
+      >>> from rmsprop_jax import convert
+      >>> params = {"fc": {"kernel": np.zeros((3, 2)), "bias": np.zeros(2)}}
+      >>> arrays = convert.params_to(params, convert.torch_dense("fc", "fc"))
+      >>> arrays["fc.weight"].shape
+      (2, 3)
+    """
+    leaves = resolve(mapping, params)
+    values = {
+        path_of(path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+    shares = {
+        path: values[path] / len(leaf.names()) if leaf.also else values[path]
+        for path, leaf in leaves.items()
+    }
+    return put(shares, leaves)

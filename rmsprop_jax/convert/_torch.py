@@ -1,0 +1,309 @@
+"""The ``state_dict()`` of ``torch.optim.RMSprop`` and of timm's ``RMSpropTF``."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from rmsprop_jax import dialects
+from rmsprop_jax._rule import Rule, rules_in
+from rmsprop_jax.convert._arrays import array
+from rmsprop_jax.convert._mapping import LeafMapping, Name, as_leaf
+from rmsprop_jax.convert._state import Entry, Foreign, to_ours, to_theirs
+
+StateDict = Mapping[str, Any]
+Group = Mapping[str, Any]
+
+_SLOTS = {"nu": "square_avg", "mu": "grad_avg", "trace": "momentum_buffer"}
+# What a group of an early version lacks, and what it meant.
+_PYTORCH = {"momentum": 0.0, "centered": False, "maximize": False}
+_TIMM = {
+    "momentum": 0.0,
+    "centered": False,
+    "decoupled_decay": False,
+    "corrected_weight_decay": False,
+    "lr_in_momentum": True,
+    "caution": False,
+}
+
+
+def from_pytorch(
+    state_dict: StateDict,
+    params: Any,
+    mapping: LeafMapping,
+    tx: Any,
+    *,
+    names: Sequence[str] | None = None,
+    strict: bool = True,
+) -> Any:
+    """The state with which a transformation goes on where ``torch.optim.RMSprop`` stopped.
+
+    s is ``square_avg``, less ``grad_avg`` squared if centered; b is ``momentum_buffer``, which has
+    no learning rate in it. If tx has, it is multiplied by tx's learning rate after as many steps:
+    the next step is then PyTorch's, later ones if the learning rate stays.
+
+    Args:
+      state_dict: of the optimizer: ``optimizer.state_dict()``, or a file of it by
+        ``torch.load(path, weights_only=True)``.
+      params: tree of parameters; only its structure, shapes, dtypes and placement count.
+      mapping: for each leaf of params by its path, as "layer/kernel", the name or number of
+        PyTorch's parameter, or a :class:`Leaf` if the layouts differ.
+      tx: the transformation to go on with, ``dialects.pytorch(...)`` as a rule. It may be wrapped:
+        every RMSPropState in its state is filled, and all else is as ``init`` makes it. For
+        groups that differ take ``optax.partition``.
+      names: PyTorch's names in the order of the optimizer's parameters, group by group. If that is
+        the model's, ``[n for n, _ in model.named_parameters()]``; else, with ``name = {p: n for n,
+        p in model.named_parameters()}``, ``[name[p] for group in optimizer.param_groups for p in
+        group["params"]]``. Needed if mapping has names and the optimizer was not itself given
+        named parameters.
+      strict: whether tx must follow the rule of PyTorch's groups, but for the numbers in it.
+
+    Returns:
+      The state of tx. A parameter that has not taken a step starts as tx has it.
+
+    Raises:
+      ValueError: if an entry is missing, left over, of a wrong shape or of another optimizer, or
+        tx cannot express what it holds. Nothing is converted then.
+      TypeError: if tx is not a transformation of this library.
+    """
+    return _from(state_dict, params, mapping, tx, names, strict, _pytorch_rule)
+
+
+def to_pytorch(
+    state: Any,
+    params: Any,
+    mapping: LeafMapping,
+    tx: Any,
+    *,
+    param_groups: Sequence[Group],
+    names: Sequence[str] | None = None,
+    tensor: Callable[[np.ndarray], Any] = np.asarray,
+    strict: bool = True,
+) -> dict[str, Any]:
+    """The ``state_dict`` with which ``torch.optim.RMSprop`` goes on: :func:`from_pytorch` undone.
+
+    Args:
+      state: of tx.
+      params: tree of parameters, as in :func:`from_pytorch`.
+      mapping: as in :func:`from_pytorch`.
+      tx: the transformation whose state it is.
+      param_groups: of the optimizer that goes on, ``optimizer.state_dict()["param_groups"]``.
+      names: as in :func:`from_pytorch`.
+      tensor: what turns an array into PyTorch's tensor, ``torch.tensor``.
+      strict: whether tx must follow the rule of the groups, but for the numbers in it.
+
+    Returns:
+      The argument of ``optimizer.load_state_dict``.
+
+    Raises:
+      ValueError, TypeError: as :func:`from_pytorch`.
+    """
+    return _to(state, params, mapping, tx, param_groups, names, tensor, strict, _pytorch_rule)
+
+
+def from_timm(
+    state_dict: StateDict,
+    params: Any,
+    mapping: LeafMapping,
+    tx: Any,
+    *,
+    names: Sequence[str] | None = None,
+    strict: bool = True,
+) -> Any:
+    """:func:`from_pytorch` for timm's ``RMSpropTF``, whose buffer may hold the learning rate.
+
+    Args, Returns, Raises: as :func:`from_pytorch`; tx is ``dialects.timm(...)`` as a rule.
+    """
+    return _from(state_dict, params, mapping, tx, names, strict, _timm_rule)
+
+
+def to_timm(
+    state: Any,
+    params: Any,
+    mapping: LeafMapping,
+    tx: Any,
+    *,
+    param_groups: Sequence[Group],
+    names: Sequence[str] | None = None,
+    tensor: Callable[[np.ndarray], Any] = np.asarray,
+    strict: bool = True,
+) -> dict[str, Any]:
+    """:func:`to_pytorch` for timm's ``RMSpropTF``.
+
+    Args, Returns, Raises: as :func:`to_pytorch`.
+    """
+    return _to(state, params, mapping, tx, param_groups, names, tensor, strict, _timm_rule)
+
+
+def pytorch_options(group: Group) -> dict[str, Any]:
+    """The arguments of ``dialects.pytorch`` for one of ``state_dict["param_groups"]``.
+
+    The learning rate is the one that the group has now.
+
+    Raises:
+      ValueError: if the group is not one of ``torch.optim.RMSprop``.
+    """
+    if "decoupled_decay" in group:
+        raise ValueError("group has 'decoupled_decay': it is of timm's RMSpropTF")
+    return _options(group, _PYTORCH)
+
+
+def timm_options(group: Group) -> dict[str, Any]:
+    """The arguments of ``dialects.timm`` for one of ``state_dict["param_groups"]``.
+
+    The learning rate is the one that the group has now.
+
+    Raises:
+      ValueError: if the group is not one of timm's ``RMSpropTF``.
+    """
+    if "decoupled_decay" not in group:
+        raise ValueError("group has no 'decoupled_decay': it is not of timm's RMSpropTF")
+    options = _options(group, _TIMM)
+    if options["corrected_weight_decay"]:
+        options["initial_lr"] = _number(group, "max_lr_snapshot")
+    return options
+
+
+def _pytorch_rule(group: Group) -> Rule:
+    return rules_in(dialects.pytorch(**pytorch_options(group)))[0]
+
+
+def _timm_rule(group: Group) -> Rule:
+    return rules_in(dialects.timm(**timm_options(group)))[0]
+
+
+def _options(group: Group, later: Mapping[str, Any]) -> dict[str, Any]:
+    first = {name: _number(group, name) for name in ("lr", "alpha", "eps", "weight_decay")}
+    return first | {n: _number(group, n) if n in group else value for n, value in later.items()}
+
+
+def _number(group: Group, name: str) -> float | bool:
+    if name not in group:
+        raise ValueError(f"group has no {name!r}: it is of another optimizer or version")
+    return group[name] if isinstance(group[name], bool) else float(group[name])
+
+
+def _from(
+    state_dict: StateDict,
+    params: Any,
+    mapping: LeafMapping,
+    tx: Any,
+    names: Sequence[str] | None,
+    strict: bool,
+    rule_of: Callable[[Group], Rule],
+) -> Any:
+    for key in ("state", "param_groups"):
+        if not isinstance(state_dict, Mapping) or key not in state_dict:
+            raise ValueError(f"state_dict has no {key!r}: it is not an optimizer's state_dict()")
+    held, groups = dict(state_dict["state"]), state_dict["param_groups"]
+    inside = _compare(groups, tx, strict, rule_of)
+    entries: dict[Name, Entry | None] = {}
+    steps = [0]
+    for number, name, group in _numbered(groups, names, mapping):
+        slots = held.pop(number, None)
+        entries[name] = None
+        if slots is not None:
+            entries[name] = _entry(slots, f"state[{number}]", rule_of(group))
+            steps.append(int(array(slots["step"])))
+    if held:
+        raise ValueError(f"state_dict has a state for {sorted(held, key=str)}, which no group has")
+    return to_ours(Foreign(entries, max(steps), inside), params, mapping, tx)
+
+
+def _to(
+    state: Any,
+    params: Any,
+    mapping: LeafMapping,
+    tx: Any,
+    groups: Sequence[Group],
+    names: Sequence[str] | None,
+    tensor: Callable[[np.ndarray], Any],
+    strict: bool,
+    rule_of: Callable[[Group], Rule],
+) -> dict[str, Any]:
+    inside = _compare(groups, tx, strict, rule_of)
+    foreign = to_theirs(state, params, mapping, tx, lr_in_momentum=inside)
+    entries = dict(foreign.entries)
+    held = {}
+    for number, name, group in _numbered(groups, names, mapping):
+        if name not in entries:
+            raise ValueError(f"mapping names nothing of {name!r}")
+        slots = {
+            key: getattr(entries[name], field)
+            for field, key in _SLOTS.items()
+            if getattr(entries[name], field) is not None
+        }
+        _entry(slots | {"step": 0}, f"the state for {name!r}", rule_of(group))
+        step = np.asarray(foreign.steps, np.float32)
+        held[number] = {"step": tensor(step)} | {key: tensor(a) for key, a in slots.items()}
+        del entries[name]
+    if entries:
+        raise ValueError(f"mapping names {sorted(entries, key=str)}, which no group has")
+    return {"state": held, "param_groups": [dict(group) for group in groups]}
+
+
+def _compare(
+    groups: Sequence[Group], tx: Any, strict: bool, rule_of: Callable[[Group], Rule]
+) -> bool:
+    """Whether their buffers hold the learning rate. Refuses a tx that follows other rules."""
+    theirs = [rule_of(group) for group in groups]
+    ours = [_switches(rule) for rule in rules_in(tx)]
+    for index, rule in enumerate(theirs):
+        if strict and ours and _switches(rule) not in ours:
+            differ = {n: v for n, v in _switches(rule).items() if all(o[n] != v for o in ours)}
+            raise ValueError(
+                f"param_groups[{index}] has {differ or _switches(rule)}, but tx has not: "
+                "build tx with these, or convert with strict=False"
+            )
+    inside = {rule.variant.lr_in_momentum for rule in theirs if rule.hyper.momentum is not None}
+    if len(inside) > 1:
+        raise ValueError("param_groups differ in lr_in_momentum: convert each by itself")
+    return inside.pop() if inside else False
+
+
+def _switches(rule: Rule) -> dict[str, Any]:
+    """What of a rule is neither a number nor undone by a conversion."""
+    variant, hyper = rule.variant, rule.hyper
+    return {
+        "centered": rule.centered,
+        "momentum": hyper.momentum is not None,
+        "weight_decay": hyper.weight_decay is not None,
+        "decoupled_weight_decay": variant.decoupled_weight_decay,
+        "eps_in_sqrt": variant.eps_in_sqrt,
+        "nesterov": variant.nesterov,
+        "cautious": variant.cautious,
+        "maximize": variant.maximize,
+    }
+
+
+def _entry(slots: Mapping[str, Any], what: str, rule: Rule) -> Entry:
+    wanted = {"step", "square_avg"}
+    wanted |= {"grad_avg"} if rule.centered else set()
+    wanted |= {"momentum_buffer"} if rule.hyper.momentum is not None else set()
+    if set(slots) != wanted:
+        raise ValueError(f"{what} has {sorted(slots)}, but its group wants {sorted(wanted)}")
+    return Entry(**{f: array(slots[key]) for f, key in _SLOTS.items() if key in slots})
+
+
+def _numbered(
+    groups: Sequence[Group], names: Sequence[str] | None, mapping: LeafMapping
+) -> Iterator[tuple[int, Name, Group]]:
+    """The number and the name of each parameter, and its group.
+
+    The name is the number if the mapping has numbers.
+    """
+    numbers = [number for group in groups for number in group["params"]]
+    known = [name for group in groups for name in group.get("param_names") or ()]
+    if names is not None and len(names) != len(numbers):
+        raise ValueError(f"names must be those of {len(numbers)} parameters, got {len(names)}")
+    if names is not None and known and list(names) != known:
+        raise ValueError(f"names must be those of param_groups, {known}, got {list(names)}")
+    if all(isinstance(as_leaf(leaf).name, int) for leaf in mapping.values()):
+        named = dict(zip(numbers, numbers, strict=True))
+    elif names or known:
+        named = dict(zip(numbers, names or known, strict=True))
+    else:
+        raise ValueError("names are needed: mapping has names, and the optimizer has not")
+    for group in groups:
+        for number in group["params"]:
+            yield number, named[number], group

@@ -1,0 +1,252 @@
+"""Records checkpoints of other frameworks' RMSProp, for tests/test_continuation.py.
+
+    python tests/compare/record_convert.py             # writes tests/fixtures/convert_*.npz
+    python tests/compare/record_convert.py --check     # compares runs of now with those files, and
+                                                       # begun here and ended there, and vice versa
+    python tests/compare/record_convert.py --check --only pytorch timm
+
+The runs are those of checkpoints.py and models.py, each framework in a process of its own. A file
+holds for each case and dtype the framework's checkpoint half way, the parameters there, and those
+at the end of the uninterrupted run; what models.py gives; the versions, and a checksum of the
+gradients.
+
+--check prints a table and fails if a difference exceeds its tolerance: 1e-11 in float64 and 5e-5 in
+float32, for parameters in units of the way from the start plus one learning rate, for a checkpoint
+in units of its arrays' largest numbers. What is centered in float32 is compared with the float64 of
+the framework, and begins with its checkpoint.
+"""
+
+import argparse
+import hashlib
+from pathlib import Path
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+
+import cases
+import checkpoints
+from checkpoints import CASES, K
+import frameworks
+import models
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+DTYPES = ("float64", "float32")
+ERRORS = ("k there, k here", "k here, k there", "checkpoint at k")
+TABLE_HEAD = """\
+| from and to | equals | runs | k there, k here | k here, k there | checkpoint at k |
+| --- | --- | --- | --- | --- | --- |"""
+
+
+def checksum():
+    """Of all that is random."""
+    arrays = [array for name in models.NAMES for array in models.batch(name)]
+    data = b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)
+    return hashlib.sha256(data).hexdigest() + cases.checksum()
+
+
+def load(framework):
+    """The recorded runs, if they were made from the gradients of cases.py."""
+    with np.load(FIXTURES / f"convert_{framework}.npz") as file:
+        record = checkpoints.unpack(file)
+    if record["checksum"] != checksum() or list(record["cases"]) != names(framework):
+        raise ValueError(
+            f"convert_{framework}.npz was recorded from other gradients or cases than those of "
+            "tests/compare: run tests/compare/record_convert.py (or else this NumPy has another "
+            "random generator)"
+        )
+    return record
+
+
+def names(framework):
+    return [case.name for case in CASES[framework]]
+
+
+def run(framework):
+    """All cases and models of a framework, and the ends of the runs that we begin."""
+    found = {}
+    for case in CASES[framework]:
+        found[case.name] = {}
+        for dtype in DTYPES:
+            checkpoint, params = checkpoints.RUN[framework](case, dtype, 0, K)
+            _, final = checkpoints.RUN[framework](case, dtype, 0, cases.STEPS)
+            part = {"checkpoint": checkpoint, "params": params, "final": final}
+            given, params = begun_here(framework, case, dtype, part, tensors=True)
+            _, ended = checkpoints.RUN[framework](case, dtype, K, cases.STEPS, given, params)
+            found[case.name][dtype] = part | {"ended": ended}
+    record = {
+        "version": frameworks.version(framework),
+        "checksum": checksum(),
+        "cases": found,
+    }
+    if framework in models.RUN:
+        record["models"] = {name: models.RUN[framework](name) for name in models.NAMES}
+    if framework == "tensorflow_v1":
+        record["objects"] = checkpoints.tensorflow_v1_objects()
+    return record
+
+
+def run_apart(framework):
+    """run(framework), in a new process."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "runs.npz"
+        command = [sys.executable, __file__, "--only", framework, "--into", str(file)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{framework} failed:\n{done.stderr}")
+        with np.load(file) as runs:
+            return checkpoints.unpack(runs)
+
+
+def kept(record):
+    """A record with only what the fixtures keep."""
+    found = {
+        name: {dtype: {n: v for n, v in part.items() if n != "ended"} for dtype, part in of.items()}
+        for name, of in record["cases"].items()
+    }
+    return record | {"cases": found}
+
+
+def reference(case, dtype, record):
+    """What a run is compared with."""
+    return record["cases"][case.name]["float64" if case.centered else dtype]
+
+
+def begun_here(framework, case, dtype, part, *, tensors=False):
+    """What the framework is given, checkpoint and parameters, after K steps of ours."""
+    import jax
+
+    from rmsprop_jax import convert
+
+    with jax.enable_x64(dtype == "float64"):
+        _, start = checkpoints.problem(case, dtype)
+        params = checkpoints.params_of(start)
+        tx = checkpoints.transformation(framework, case)
+        params, state = checkpoints.ours(case, dtype, tx, params, tx.init(params), 0, K)
+        tensor = np.asarray
+        groups = None
+        if framework in ("pytorch", "timm"):
+            groups = part["checkpoint"]["param_groups"]
+            if tensors:
+                import torch
+
+                tensor = torch.tensor
+        given = checkpoints.to_theirs(framework, case, state, params, tx, groups, tensor)
+        return given, convert.params_to(params, checkpoints.mapping(framework))
+
+
+def ended_here(framework, case, dtype, part):
+    """The parameters after the framework's K steps and the others of ours."""
+    import jax
+
+    from rmsprop_jax import convert
+
+    with jax.enable_x64(dtype == "float64"):
+        mapping = checkpoints.mapping(framework)
+        _, start = checkpoints.problem(case, dtype)
+        params = convert.params_from(part["params"], checkpoints.params_of(start), mapping)
+        tx = checkpoints.transformation(framework, case)
+        state = checkpoints.from_theirs(framework, case, part["checkpoint"], params, tx)
+        params, _ = checkpoints.ours(case, dtype, tx, params, state, K, cases.STEPS)
+        return convert.params_to(params, mapping)
+
+
+def errors(framework, case, dtype, record):
+    """{name of ERRORS: error}, of what the record has."""
+    _, start = checkpoints.problem(case, dtype)
+    start = checkpoints.theirs(framework, start)
+    want = reference(case, dtype, record)
+    given, _ = begun_here(framework, case, dtype, want)
+    ended = {ERRORS[0]: ended_here(framework, case, dtype, want)}
+    if "ended" in record["cases"][case.name][dtype]:
+        ended[ERRORS[1]] = record["cases"][case.name][dtype]["ended"]
+    found = {n: checkpoints.error(case, start, p, want["final"]) for n, p in ended.items()}
+    found[ERRORS[2]] = distance(*checkpoints.comparable(framework, case, given, want["checkpoint"]))
+    return found
+
+
+def distance(got, want):
+    """The largest difference of trees of arrays, in units of each array's largest number."""
+    if isinstance(want, dict | list):
+        assert len(got) == len(want)
+        keys = want if isinstance(want, dict) else range(len(want))
+        return max((distance(got[key], want[key]) for key in keys), default=0.0)
+    if isinstance(want, str | bool) or want is None:
+        return 0.0 if got == want else np.inf
+    assert np.shape(got) == np.shape(want)
+    return np.max(np.abs(np.subtract(got, want)) / max(np.max(np.abs(want)), 1e-30))
+
+
+def table_row(framework, version, rows):
+    def largest(name):
+        found = {
+            dtype: max(error for _, d, n, error in rows if (d, n) == (dtype, name))
+            for dtype in DTYPES
+        }
+        return ", ".join(f"{error:.1e}" for error in found.values())
+
+    optimizer, *_ = frameworks.OPTIMIZER[framework]
+    runs = len({(case, dtype) for case, dtype, *_ in rows})
+    cells = [f"`{framework}`", f"`{optimizer}`, {version}", str(runs), *map(largest, ERRORS)]
+    return "| " + " | ".join(cells) + " |"
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="compare, do not write")
+    parser.add_argument("--into", help=argparse.SUPPRESS)
+    every = list(CASES)
+    parser.add_argument("--only", nargs="+", choices=every, default=every, metavar="FRAMEWORK")
+    args = parser.parse_args(argv)
+    if args.into:
+        np.savez(args.into, **checkpoints.pack(run(args.only[0])))
+        return
+    table, failures = [], []
+    for framework in args.only:
+        begin = time.perf_counter()
+        live = run_apart(framework)
+        print(f"{framework}: {live['version']}, {len(live['cases'])} cases", end="", flush=True)
+        if args.check:
+            rows = []
+            recorded = load(framework)
+            apart = distance(kept(live)["models"], recorded["models"]) if "models" in live else 0.0
+            tolerances = {"models": cases.TOLERANCE["float64"]}
+            found = {"models": apart}
+            for dtype in DTYPES:
+                parts = [
+                    [record["cases"][name][dtype] for name in names(framework)]
+                    for record in (kept(live), recorded)
+                ]
+                found[dtype] = distance(*parts)
+                tolerances[dtype] = cases.TOLERANCE[dtype]
+            failures += [
+                f"{framework}, {name}: {error:.1e} from its fixture"
+                for name, error in found.items()
+                if not error <= tolerances[name]
+            ]
+            for case in CASES[framework]:
+                for dtype in DTYPES:
+                    for name, error in errors(framework, case, dtype, live).items():
+                        rows.append((case.name, dtype, name, error))
+                        if not error <= cases.TOLERANCE[dtype]:
+                            failures.append(
+                                f"{framework}, {case.name}, {dtype}, {name}: {error:.1e}"
+                            )
+            table.append(table_row(framework, live["version"], rows))
+            print(", from the fixture", *(f"{error:.0e}" for error in found.values()), end="")
+        else:
+            file = FIXTURES / f"convert_{framework}.npz"
+            np.savez_compressed(file, **checkpoints.pack(kept(live)))
+            print(f", {file.stat().st_size / 1000:.0f} kB in {file}", end="")
+        print(f", {time.perf_counter() - begin:.0f} s", flush=True)
+    if args.check:
+        print()
+        print(TABLE_HEAD, *table, sep="\n")
+    if failures:
+        sys.exit("\n".join(["beyond tolerance:", *failures]))
+
+
+if __name__ == "__main__":
+    main()
