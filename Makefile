@@ -24,6 +24,7 @@ test-oldest: .venv-oldest/installed
 # Runs the frameworks themselves beside their recorded runs and our dialects.
 compare: .venv-compare/installed
 	.venv-compare/bin/python tests/compare/record_dialects.py --check
+	.venv-compare/bin/python tests/compare/record_convert.py --check
 	.venv-compare/bin/python tests/compare/record_simplenet.py --check
 	.venv-compare/bin/python tests/compare/record_resume.py --check
 	.venv-compare/bin/python -m pytest tests/test_simplenet.py tests/test_resume_from_pytorch.py

@@ -228,6 +228,7 @@ def test_extra_arguments_are_ignored():
 def test_public_names():
     assert set(rmsprop_jax.__all__) == {
         "RMSPropState",
+        "convert",
         "describe",
         "dialects",
         "recipes",

@@ -75,6 +75,7 @@ ORDER = [
     "recipes._vision",
     "recipes",
     "convert._arrays",
+    "convert._groups",
     "convert._mapping",
     "convert._layers",
     "convert._state",

@@ -17,6 +17,7 @@ moment below m^2, which frameworks reach by cancellation, becomes a variance of 
 is rounded once.
 """
 
+from rmsprop_jax.convert._groups import pytorch_options, timm_options
 from rmsprop_jax.convert._keras import from_keras, to_keras
 from rmsprop_jax.convert._layers import (
     keras_conv,
@@ -44,8 +45,6 @@ from rmsprop_jax.convert._tensorflow import (
 from rmsprop_jax.convert._torch import (
     from_pytorch,
     from_timm,
-    pytorch_options,
-    timm_options,
     to_pytorch,
     to_timm,
 )

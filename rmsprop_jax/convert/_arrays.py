@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -11,4 +12,6 @@ def array(value: Any) -> np.ndarray:
         value = value.detach().cpu()
         if value.is_floating_point() and value.dtype.itemsize < 4:
             value = value.float()  # NumPy has no bfloat16
-    return np.asarray(value)
+    value = np.asarray(value)
+    # What bfloat16 is to NumPy and h5py when it comes from a file.
+    return value.view(jnp.bfloat16) if value.dtype == np.dtype("V2") else value

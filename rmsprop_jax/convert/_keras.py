@@ -28,8 +28,10 @@ def from_keras(
     gradient for each, if centered.
 
     Args:
-      variables: ``optimizer.variables``, or the group "optimizer/vars" of a ``.weights.h5`` file
-        read by h5py, or a mapping like it, from "0" on: what ``save_own_variables`` writes.
+      variables: ``optimizer.variables``, or a mapping from "0" on, as ``save_own_variables`` writes
+        and as a ``.weights.h5`` file has: ``h5py.File(path)["optimizer/vars"]``. A ``.keras`` file
+        is a zip archive with such a file, "model.weights.h5". Neither says which of its arrays is
+        what; tx must be of the same form.
       params: tree of parameters; only its structure, shapes, dtypes and placement count.
       mapping: for each leaf of params by its path, as "layer/kernel", the name or number of
         Keras's trainable variable, or a :class:`Leaf` if the layouts differ.
@@ -50,7 +52,8 @@ def from_keras(
     order = _order(mapping, names)
     fields = _fields(tx)
     head = len(arrays) - len(order) * len(fields)
-    if head not in (1, 2) or any(np.shape(array) != () for array in arrays[:head]):
+    scalars = head in (1, 2) and all(np.shape(array) == () for array in arrays[:head])
+    if not scalars or not np.issubdtype(arrays[0].dtype, np.integer):
         raise ValueError(
             "variables must be the number of steps, the learning rate unless it is a schedule, "
             f"and {len(order)} each of {[_KERAS[field] for field in fields]} as tx has them; "

@@ -23,8 +23,8 @@ def params_from(arrays: Mapping[Name, Any], params: Any, mapping: LeafMapping) -
     """A tree of parameters with another framework's values.
 
     Args:
-      arrays: of the framework, by the names of the mapping: ``model.state_dict()`` of PyTorch
-        without its buffers, ``{v.path: v for v in model.trainable_variables}`` of Keras.
+      arrays: of the framework, by the names of the mapping: ``dict(model.named_parameters())`` of
+        PyTorch, ``{v.path: v for v in model.trainable_variables}`` of Keras.
       params: the tree that gives structure, shapes, dtypes and placement.
       mapping: for each leaf of params by its path, as "layer/kernel", the name of the framework's
         parameter, or a :class:`Leaf` if the layouts differ.

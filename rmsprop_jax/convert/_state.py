@@ -208,9 +208,11 @@ def _rate(rule: Rule, count: int) -> float:
 
 
 def place(old: Any, value: np.ndarray) -> Any:
-    """The array value in the dtype of old, and where old is."""
+    """A copy of value in the dtype of old, where old is, and as free to move as old is."""
     value = np.asarray(value).astype(old.dtype)
-    return jax.device_put(value, old.sharding) if isinstance(old, jax.Array) else value
+    if not isinstance(old, jax.Array):
+        return value
+    return jax.device_put(value, old.sharding) if old.committed else jnp.asarray(value)
 
 
 def _wide(value: Any) -> np.ndarray:

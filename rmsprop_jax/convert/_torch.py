@@ -5,26 +5,15 @@ from typing import Any
 
 import numpy as np
 
-from rmsprop_jax import dialects
-from rmsprop_jax._rule import Rule, rules_in
+from rmsprop_jax._rule import Rule
 from rmsprop_jax.convert._arrays import array
+from rmsprop_jax.convert._groups import Group, compare, pytorch_rule, timm_rule
 from rmsprop_jax.convert._mapping import LeafMapping, Name, as_leaf
 from rmsprop_jax.convert._state import Entry, Foreign, to_ours, to_theirs
 
 StateDict = Mapping[str, Any]
-Group = Mapping[str, Any]
 
 _SLOTS = {"nu": "square_avg", "mu": "grad_avg", "trace": "momentum_buffer"}
-# What a group of an early version lacks, and what it meant.
-_PYTORCH = {"momentum": 0.0, "centered": False, "maximize": False}
-_TIMM = {
-    "momentum": 0.0,
-    "centered": False,
-    "decoupled_decay": False,
-    "corrected_weight_decay": False,
-    "lr_in_momentum": True,
-    "caution": False,
-}
 
 
 def from_pytorch(
@@ -66,7 +55,7 @@ def from_pytorch(
         tx cannot express what it holds. Nothing is converted then.
       TypeError: if tx is not a transformation of this library.
     """
-    return _from(state_dict, params, mapping, tx, names, strict, _pytorch_rule)
+    return _from(state_dict, params, mapping, tx, names, strict, pytorch_rule)
 
 
 def to_pytorch(
@@ -98,7 +87,7 @@ def to_pytorch(
     Raises:
       ValueError, TypeError: as :func:`from_pytorch`.
     """
-    return _to(state, params, mapping, tx, param_groups, names, tensor, strict, _pytorch_rule)
+    return _to(state, params, mapping, tx, param_groups, names, tensor, strict, pytorch_rule)
 
 
 def from_timm(
@@ -114,7 +103,7 @@ def from_timm(
 
     Args, Returns, Raises: as :func:`from_pytorch`; tx is ``dialects.timm(...)`` as a rule.
     """
-    return _from(state_dict, params, mapping, tx, names, strict, _timm_rule)
+    return _from(state_dict, params, mapping, tx, names, strict, timm_rule)
 
 
 def to_timm(
@@ -132,55 +121,7 @@ def to_timm(
 
     Args, Returns, Raises: as :func:`to_pytorch`.
     """
-    return _to(state, params, mapping, tx, param_groups, names, tensor, strict, _timm_rule)
-
-
-def pytorch_options(group: Group) -> dict[str, Any]:
-    """The arguments of ``dialects.pytorch`` for one of ``state_dict["param_groups"]``.
-
-    The learning rate is the one that the group has now.
-
-    Raises:
-      ValueError: if the group is not one of ``torch.optim.RMSprop``.
-    """
-    if "decoupled_decay" in group:
-        raise ValueError("group has 'decoupled_decay': it is of timm's RMSpropTF")
-    return _options(group, _PYTORCH)
-
-
-def timm_options(group: Group) -> dict[str, Any]:
-    """The arguments of ``dialects.timm`` for one of ``state_dict["param_groups"]``.
-
-    The learning rate is the one that the group has now.
-
-    Raises:
-      ValueError: if the group is not one of timm's ``RMSpropTF``.
-    """
-    if "decoupled_decay" not in group:
-        raise ValueError("group has no 'decoupled_decay': it is not of timm's RMSpropTF")
-    options = _options(group, _TIMM)
-    if options["corrected_weight_decay"]:
-        options["initial_lr"] = _number(group, "max_lr_snapshot")
-    return options
-
-
-def _pytorch_rule(group: Group) -> Rule:
-    return rules_in(dialects.pytorch(**pytorch_options(group)))[0]
-
-
-def _timm_rule(group: Group) -> Rule:
-    return rules_in(dialects.timm(**timm_options(group)))[0]
-
-
-def _options(group: Group, later: Mapping[str, Any]) -> dict[str, Any]:
-    first = {name: _number(group, name) for name in ("lr", "alpha", "eps", "weight_decay")}
-    return first | {n: _number(group, n) if n in group else value for n, value in later.items()}
-
-
-def _number(group: Group, name: str) -> float | bool:
-    if name not in group:
-        raise ValueError(f"group has no {name!r}: it is of another optimizer or version")
-    return group[name] if isinstance(group[name], bool) else float(group[name])
+    return _to(state, params, mapping, tx, param_groups, names, tensor, strict, timm_rule)
 
 
 def _from(
@@ -196,7 +137,7 @@ def _from(
         if not isinstance(state_dict, Mapping) or key not in state_dict:
             raise ValueError(f"state_dict has no {key!r}: it is not an optimizer's state_dict()")
     held, groups = dict(state_dict["state"]), state_dict["param_groups"]
-    inside = _compare(groups, tx, strict, rule_of)
+    inside = compare(groups, tx, strict, rule_of)
     entries: dict[Name, Entry | None] = {}
     steps = [0]
     for number, name, group in _numbered(groups, names, mapping):
@@ -221,7 +162,7 @@ def _to(
     strict: bool,
     rule_of: Callable[[Group], Rule],
 ) -> dict[str, Any]:
-    inside = _compare(groups, tx, strict, rule_of)
+    inside = compare(groups, tx, strict, rule_of)
     foreign = to_theirs(state, params, mapping, tx, lr_in_momentum=inside)
     entries = dict(foreign.entries)
     held = {}
@@ -240,40 +181,6 @@ def _to(
     if entries:
         raise ValueError(f"mapping names {sorted(entries, key=str)}, which no group has")
     return {"state": held, "param_groups": [dict(group) for group in groups]}
-
-
-def _compare(
-    groups: Sequence[Group], tx: Any, strict: bool, rule_of: Callable[[Group], Rule]
-) -> bool:
-    """Whether their buffers hold the learning rate. Refuses a tx that follows other rules."""
-    theirs = [rule_of(group) for group in groups]
-    ours = [_switches(rule) for rule in rules_in(tx)]
-    for index, rule in enumerate(theirs):
-        if strict and ours and _switches(rule) not in ours:
-            differ = {n: v for n, v in _switches(rule).items() if all(o[n] != v for o in ours)}
-            raise ValueError(
-                f"param_groups[{index}] has {differ or _switches(rule)}, but tx has not: "
-                "build tx with these, or convert with strict=False"
-            )
-    inside = {rule.variant.lr_in_momentum for rule in theirs if rule.hyper.momentum is not None}
-    if len(inside) > 1:
-        raise ValueError("param_groups differ in lr_in_momentum: convert each by itself")
-    return inside.pop() if inside else False
-
-
-def _switches(rule: Rule) -> dict[str, Any]:
-    """What of a rule is neither a number nor undone by a conversion."""
-    variant, hyper = rule.variant, rule.hyper
-    return {
-        "centered": rule.centered,
-        "momentum": hyper.momentum is not None,
-        "weight_decay": hyper.weight_decay is not None,
-        "decoupled_weight_decay": variant.decoupled_weight_decay,
-        "eps_in_sqrt": variant.eps_in_sqrt,
-        "nesterov": variant.nesterov,
-        "cautious": variant.cautious,
-        "maximize": variant.maximize,
-    }
 
 
 def _entry(slots: Mapping[str, Any], what: str, rule: Rule) -> Entry:

@@ -268,12 +268,12 @@ def _keras_run(case, dtype, first, last, checkpoint=None, params=None):
 
 
 def _keras_file(model, *, whole):
-    """The arrays in optimizer/vars of a file of weights, checked against those in a .keras file"""
+    """What is in optimizer/vars of a file of weights, checked against that in a .keras file"""
     import h5py
 
     def read(file):
         with h5py.File(file) as file:
-            return [file["optimizer/vars"][str(i)][()] for i in range(len(file["optimizer/vars"]))]
+            return {name: np.asarray(array) for name, array in file["optimizer/vars"].items()}
 
     with tempfile.TemporaryDirectory() as folder:
         weights, model_file = Path(folder) / "m.weights.h5", Path(folder) / "m.keras"
@@ -283,9 +283,10 @@ def _keras_file(model, *, whole):
             model.save(model_file)
             with zipfile.ZipFile(model_file) as archive:
                 other = read(io.BytesIO(archive.read("model.weights.h5")))
-            for one, two in zip(saved, other, strict=True):
-                np.testing.assert_array_equal(one, two)
-    return [np.asarray(value) for value in saved]
+            assert set(saved) == set(other)
+            for name, array in saved.items():
+                np.testing.assert_array_equal(other[name], array)
+    return saved
 
 
 def _tensorflow_v1_run(case, dtype, first, last, checkpoint=None, params=None):
@@ -426,6 +427,8 @@ def from_theirs(framework, case, checkpoint, params, tx):
     from rmsprop_jax import convert
 
     if framework == "keras":
+        if isinstance(checkpoint, dict):
+            checkpoint = {str(number): array for number, array in checkpoint.items()}
         return convert.from_keras(
             checkpoint, params, mapping(framework), tx, names=NAMES[framework]
         )
@@ -481,6 +484,10 @@ def flat(framework, case, checkpoint):
         slots += ["average_gradient"] * case.centered
         keys = [(slot, name) for slot in slots for name in NAMES[framework]]
         keys = [("iteration", ""), ("learning_rate", "")][: len(checkpoint) - len(keys)] + keys
+        if isinstance(checkpoint, dict):
+            checkpoint = [
+                array for _, array in sorted(checkpoint.items(), key=lambda kv: int(kv[0]))
+            ]
         return dict(zip(keys, checkpoint, strict=True))
     if framework == "tensorflow_v1":
         slots = checkpoint if "rms" in checkpoint else slots_in(case, checkpoint)

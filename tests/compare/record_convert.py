@@ -12,7 +12,7 @@ gradients.
 
 --check prints a table and fails if a difference exceeds its tolerance: 1e-11 in float64 and 5e-5 in
 float32, for parameters in units of the way from the start plus one learning rate, for a checkpoint
-in units of its arrays' largest numbers. What is centered in float32 is compared with the float64 of
+in units of each array's largest number. What is centered in float32 is compared with the float64 of
 the framework, and begins with its checkpoint.
 """
 
@@ -36,7 +36,7 @@ FIXTURES = Path(__file__).parents[1] / "fixtures"
 DTYPES = ("float64", "float32")
 ERRORS = ("k there, k here", "k here, k there", "checkpoint at k")
 TABLE_HEAD = """\
-| from and to | equals | runs | k there, k here | k here, k there | checkpoint at k |
+| dialect | from and to | runs | k there, k here | k here, k there | checkpoint at k |
 | --- | --- | --- | --- | --- | --- |"""
 
 
@@ -179,16 +179,38 @@ def distance(got, want):
     return np.max(np.abs(np.subtract(got, want)) / max(np.max(np.abs(want)), 1e-30))
 
 
+def check(framework, live):
+    """{part: (difference from the fixture, tolerance)} and rows (case, dtype, name, error)."""
+    now, then = kept(live), load(framework)
+    apart = {
+        dtype: (
+            distance(
+                *([r["cases"][name][dtype] for name in names(framework)] for r in (now, then))
+            ),
+            cases.TOLERANCE[dtype],
+        )
+        for dtype in DTYPES
+    }
+    if "models" in now:
+        apart["models"] = distance(now["models"], then["models"]), cases.TOLERANCE["float32"]
+    rows = [
+        (case.name, dtype, name, error)
+        for case in CASES[framework]
+        for dtype in DTYPES
+        for name, error in errors(framework, case, dtype, live).items()
+    ]
+    return apart, rows
+
+
 def table_row(framework, version, rows):
+    """Of the Markdown table: the largest errors, in float64 and in float32."""
+
     def largest(name):
-        found = {
-            dtype: max(error for _, d, n, error in rows if (d, n) == (dtype, name))
-            for dtype in DTYPES
-        }
-        return ", ".join(f"{error:.1e}" for error in found.values())
+        found = ([e for _, d, n, e in rows if (d, n) == (dtype, name)] for dtype in DTYPES)
+        return ", ".join(f"{np.max(errors):.1e}" for errors in found)
 
     optimizer, *_ = frameworks.OPTIMIZER[framework]
-    runs = len({(case, dtype) for case, dtype, *_ in rows})
+    runs = len({row[:2] for row in rows})
     cells = [f"`{framework}`", f"`{optimizer}`, {version}", str(runs), *map(largest, ERRORS)]
     return "| " + " | ".join(cells) + " |"
 
@@ -209,33 +231,19 @@ def main(argv=None):
         live = run_apart(framework)
         print(f"{framework}: {live['version']}, {len(live['cases'])} cases", end="", flush=True)
         if args.check:
-            rows = []
-            recorded = load(framework)
-            apart = distance(kept(live)["models"], recorded["models"]) if "models" in live else 0.0
-            tolerances = {"models": cases.TOLERANCE["float64"]}
-            found = {"models": apart}
-            for dtype in DTYPES:
-                parts = [
-                    [record["cases"][name][dtype] for name in names(framework)]
-                    for record in (kept(live), recorded)
-                ]
-                found[dtype] = distance(*parts)
-                tolerances[dtype] = cases.TOLERANCE[dtype]
+            apart, rows = check(framework, live)
             failures += [
-                f"{framework}, {name}: {error:.1e} from its fixture"
-                for name, error in found.items()
-                if not error <= tolerances[name]
+                f"{framework}, {part}: {error:.1e} from its fixture"
+                for part, (error, tolerance) in apart.items()
+                if not error <= tolerance
             ]
-            for case in CASES[framework]:
-                for dtype in DTYPES:
-                    for name, error in errors(framework, case, dtype, live).items():
-                        rows.append((case.name, dtype, name, error))
-                        if not error <= cases.TOLERANCE[dtype]:
-                            failures.append(
-                                f"{framework}, {case.name}, {dtype}, {name}: {error:.1e}"
-                            )
+            failures += [
+                f"{framework}, {', '.join(where)}: {error:.1e}"
+                for *where, error in rows
+                if not error <= cases.TOLERANCE[where[1]]
+            ]
             table.append(table_row(framework, live["version"], rows))
-            print(", from the fixture", *(f"{error:.0e}" for error in found.values()), end="")
+            print(", from the fixture", *(f"{e:.0e}" for e, _ in apart.values()), end="")
         else:
             file = FIXTURES / f"convert_{framework}.npz"
             np.savez_compressed(file, **checkpoints.pack(kept(live)))

@@ -1,0 +1,103 @@
+"""The ``param_groups`` of PyTorch and timm: which rule they follow."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from rmsprop_jax import dialects
+from rmsprop_jax._rule import Rule, rules_in
+
+Group = Mapping[str, Any]
+
+# What a group of an early version lacks, and what it meant.
+_PYTORCH = {"momentum": 0.0, "centered": False, "maximize": False}
+_TIMM = {
+    "momentum": 0.0,
+    "centered": False,
+    "decoupled_decay": False,
+    "corrected_weight_decay": False,
+    "lr_in_momentum": True,
+    "caution": False,
+}
+
+
+def pytorch_options(group: Group) -> dict[str, Any]:
+    """The arguments of ``dialects.pytorch`` for one of ``state_dict["param_groups"]``.
+
+    The learning rate is the one that the group has now.
+
+    Raises:
+      ValueError: if the group is not one of ``torch.optim.RMSprop``.
+    """
+    if "decoupled_decay" in group:
+        raise ValueError("group has 'decoupled_decay': it is of timm's RMSpropTF")
+    return _options(group, _PYTORCH)
+
+
+def timm_options(group: Group) -> dict[str, Any]:
+    """The arguments of ``dialects.timm`` for one of ``state_dict["param_groups"]``.
+
+    The learning rate is the one that the group has now.
+
+    Raises:
+      ValueError: if the group is not one of timm's ``RMSpropTF``.
+    """
+    if "decoupled_decay" not in group:
+        raise ValueError("group has no 'decoupled_decay': it is not of timm's RMSpropTF")
+    options = _options(group, _TIMM)
+    if options["corrected_weight_decay"]:
+        options["initial_lr"] = _number(group, "max_lr_snapshot")
+    return options
+
+
+def pytorch_rule(group: Group) -> Rule:
+    return rules_in(dialects.pytorch(**pytorch_options(group)))[0]
+
+
+def timm_rule(group: Group) -> Rule:
+    return rules_in(dialects.timm(**timm_options(group)))[0]
+
+
+def _options(group: Group, later: Mapping[str, Any]) -> dict[str, Any]:
+    first = {name: _number(group, name) for name in ("lr", "alpha", "eps", "weight_decay")}
+    return first | {n: _number(group, n) if n in group else value for n, value in later.items()}
+
+
+def _number(group: Group, name: str) -> float | bool | None:
+    if name not in group:
+        raise ValueError(f"group has no {name!r}: it is of another optimizer or version")
+    value = group[name]
+    return value if value is None or isinstance(value, bool) else float(value)
+
+
+def compare(
+    groups: Sequence[Group], tx: Any, strict: bool, rule_of: Callable[[Group], Rule]
+) -> bool:
+    """Whether their buffers hold the learning rate. Refuses a tx that follows other rules."""
+    theirs = [rule_of(group) for group in groups]
+    ours = [_switches(rule) for rule in rules_in(tx)]
+    for index, rule in enumerate(theirs):
+        if strict and ours and _switches(rule) not in ours:
+            differ = {n: v for n, v in _switches(rule).items() if all(o[n] != v for o in ours)}
+            raise ValueError(
+                f"param_groups[{index}] has {differ or _switches(rule)}, but tx has not: "
+                "build tx with these, or convert with strict=False"
+            )
+    inside = {rule.variant.lr_in_momentum for rule in theirs if rule.hyper.momentum is not None}
+    if len(inside) > 1:
+        raise ValueError("param_groups differ in lr_in_momentum: convert each by itself")
+    return inside.pop() if inside else False
+
+
+def _switches(rule: Rule) -> dict[str, Any]:
+    """What of a rule is neither a number nor undone by a conversion."""
+    variant, hyper = rule.variant, rule.hyper
+    return {
+        "centered": rule.centered,
+        "momentum": hyper.momentum is not None,
+        "weight_decay": hyper.weight_decay is not None,
+        "decoupled_weight_decay": variant.decoupled_weight_decay,
+        "eps_in_sqrt": variant.eps_in_sqrt,
+        "nesterov": variant.nesterov,
+        "cautious": variant.cautious,
+        "maximize": variant.maximize,
+    }
