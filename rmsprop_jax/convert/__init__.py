@@ -14,7 +14,7 @@ is laid out alike, or a :class:`Leaf`. There are ready-made ones for the usual l
 Plain states, and buffers that are not rescaled, come back bit for bit. A variance s becomes the
 second moment s + m^2 and back with one rounding each to the precision of the state, and a second
 moment below m^2, which frameworks reach by cancellation, becomes a variance of 0. A rescaled buffer
-is rounded once.
+is rounded once; under bias correction there are two roundings.
 """
 
 from rmsprop_jax.convert._groups import pytorch_options, timm_options

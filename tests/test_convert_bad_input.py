@@ -1,0 +1,403 @@
+"""Bad input of conversions: an error that names the entry, and nothing is changed."""
+
+import copy
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from conversions import (
+    FRAMEWORKS,
+    MAPPING,
+    NAMES,
+    Framework,
+    after,
+    assert_same,
+    group,
+    timm_group,
+    tree,
+)
+from rmsprop_jax import convert, dialects, rmsprop
+from rmsprop_jax.convert import Leaf
+
+
+def without(*keys):
+    """Takes something out of what a framework gives."""
+
+    def change(given):
+        for key in keys[:-1]:
+            given = given[key]
+        del given[keys[-1]]
+
+    return change
+
+
+def replaced(*keys_and_value):
+    """Puts something into what a framework gives."""
+
+    def change(given):
+        *keys, last, value = keys_and_value
+        for key in keys:
+            given = given[key]
+        given[last] = value
+
+    return change
+
+
+MOMENTUM = {"momentum": 0.9}
+WRONG = np.ones((7, 7), np.float32)
+BAD_CHECKPOINTS = [
+    ("pytorch", without("state"), "state_dict has no 'state'"),
+    ("pytorch", without("param_groups"), "state_dict has no 'param_groups'"),
+    ("pytorch", without("state", 1, "square_avg"), r"state\[1\] has \['momentum_buffer', 'step'\]"),
+    ("pytorch", without("state", 1, "momentum_buffer"), r"state\[1\] has \['square_avg', 'step'\]"),
+    ("pytorch", without("state", 1, "step"), r"state\[1\] has"),
+    ("pytorch", replaced("state", 1, "grad_avg", WRONG), r"state\[1\] has \['grad_avg'"),
+    ("pytorch", replaced("state", 4, {}), r"a state for \[4\], which no group has"),
+    (
+        "pytorch",
+        replaced("state", 0, "square_avg", WRONG),
+        r"nu of 'cell.weight' has shape \(7, 7\)",
+    ),
+    ("pytorch", replaced("state", 3, "momentum_buffer", WRONG), r"trace of 'fc.bias' has shape"),
+    ("pytorch", without("param_groups", 0, "alpha"), "group has no 'alpha': it is of another"),
+    ("pytorch", replaced("param_groups", 0, timm_group()), "it is of timm's RMSpropTF"),
+    ("pytorch", replaced("param_groups", 0, "params", [0, 1, 2]), "names must be those of 3"),
+    ("pytorch", replaced("param_groups", 0, "maximize", True), r"\[0\] has {'maximize': True}"),
+    ("pytorch", replaced("param_groups", 0, "weight_decay", 0.1), "{'weight_decay': True}"),
+    ("pytorch", replaced("param_groups", 0, "centered", True), "{'centered': True}"),
+    ("pytorch", replaced("param_groups", 0, "momentum", 0.0), "{'momentum': False}"),
+    ("pytorch", replaced("param_groups", 0, "param_names", NAMES[::-1]), "names must be those of"),
+    ("timm", replaced("param_groups", 0, group()), "it is not of timm's RMSpropTF"),
+    ("timm", replaced("param_groups", 0, "decoupled_decay", None), "decoupled_decay must be"),
+    ("timm", replaced("param_groups", 0, "caution", True), "{'cautious': True}"),
+    ("timm", replaced("param_groups", 0, "weight_decay", 0.1), "{'weight_decay': True}"),
+    ("timm", without("state", 2, "step"), r"state\[2\] has"),
+    ("keras", without(-1), r"nu of 'cell.weight' has shape \(\)"),  # the rate, as if scheduled
+    (
+        "keras",
+        without(slice(-2, None)),
+        r"4 each of \['velocity', 'momentum'\] as tx has them; got",
+    ),
+    ("keras", without(0), r"4 each of \['velocity', 'momentum'\]"),
+    ("keras", lambda given: given.append(WRONG), r"4 each of \['velocity', 'momentum'\]"),
+    ("keras", replaced(2, WRONG), "nu of 'cell.weight' has shape"),
+    ("keras", replaced(9, WRONG), "trace of 'fc.bias' has shape"),
+    ("keras", replaced(0, WRONG), r"got arrays of shapes \[\(7, 7\), \(\)"),
+    ("tensorflow", replaced("velocity", {}), r"must be 'rms', 'momentum' .* got \['velocity'\]"),
+    ("tensorflow", without("rms"), "slots must have 'rms'"),
+    ("tensorflow", without("momentum"), "tx has momentum for .*, which the source has not"),
+    (
+        "tensorflow",
+        without("rms", "fc.bias"),
+        r"\['rms'\] and .*'momentum'\] differ in \['fc.bias'\]",
+    ),
+    ("tensorflow", without("momentum", "fc.bias"), r"differ in \['fc.bias'\]"),
+    ("tensorflow", replaced("rms", "fc.bias", WRONG), "nu of 'fc.bias' has shape"),
+    ("tensorflow", replaced("mg", {}), None),  # as good as none
+]
+
+
+@pytest.mark.parametrize(("name", "change", "message"), BAD_CHECKPOINTS)
+def test_refuses_checkpoints(name, change, message):
+    framework = Framework(name, **MOMENTUM)
+    params, state = after(framework.tx, 3, tree())
+    given = framework.to(state, params)
+    change(given)
+    before = copy.deepcopy(given)
+    if message is None:
+        framework.back(given, params)
+    else:
+        with pytest.raises((ValueError, TypeError), match=message):
+            framework.back(given, params)
+    jax.tree.map(np.testing.assert_array_equal, given, before)
+    assert jax.tree.structure(given) == jax.tree.structure(before)
+
+
+@pytest.mark.parametrize("form", [{}, {"momentum": 0.9}, {"centered": True}])
+@pytest.mark.parametrize("other", [{}, {"momentum": 0.9}, {"centered": True}])
+@pytest.mark.parametrize("name", ["pytorch", "timm", "keras", "tensorflow", "optax"])
+def test_refuses_another_form(name, form, other):
+    """What tx has and the source has not, and the other way round."""
+    framework, wanted = Framework(name, **form), Framework(name, **other)
+    params, state = after(framework.tx, 3, tree())
+    given = framework.to(state, params)
+    if form == other or (name == "tensorflow" and {*form, *other} == {"momentum"}):
+        wanted.back(given, params)  # TensorFlow keeps a momentum even where there is none
+        return
+    if name == "keras" and form and other:  # one more array, of the same shapes, in either
+        return
+    with pytest.raises(ValueError, match=r"momentum|centered|mu|trace"):
+        wanted.back(given, params)
+    with pytest.raises(ValueError, match=r"momentum|centered|mu|trace|state is not of tx"):
+        wanted.to(state, params)
+    like = copy.copy(framework)
+    like.tx = wanted.tx
+    with pytest.raises(ValueError, match=r"state is not of tx|param_groups"):
+        like.to(state, params)
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_refuses_other_transformations_and_states(framework):
+    params, state = after(framework.tx, 3, tree())
+    given = framework.to(state, params)
+    for tx in (optax.rmsprop(0.1), optax.inject_hyperparams(rmsprop)(0.1), None):
+        with pytest.raises(TypeError, match="tx must be an RMSProp of rmsprop_jax"):
+            framework.back(given, params, tx if tx else optax.adam(0.1))
+        other = copy.copy(framework)
+        other.tx = tx
+        with pytest.raises(TypeError, match="tx must be an RMSProp of rmsprop_jax"):
+            other.to(state, params)
+    with pytest.raises(ValueError, match="state has no RMSPropState in it, got EmptyState"):
+        framework.to(optax.EmptyState(), params)
+
+
+@pytest.mark.parametrize("framework", [f for f in FRAMEWORKS if "optax" not in f.id])
+def test_refuses_incomplete_mappings(framework):
+    params, state = after(framework.tx, 3, tree())
+    given = framework.to(state, params)
+    missing = {path: leaf for path, leaf in MAPPING.items() if path != "flat"}
+    less = {name: leaf for name, leaf in params.items() if name != "flat"}
+    with pytest.raises(ValueError, match=r"name every parameter: \['flat'\] are missing"):
+        framework.back(given, params, mapping=missing)
+    with pytest.raises(ValueError, match=r"'flat.bias'"):
+        framework.back(given, params, mapping=MAPPING | {"flat": "flat.bias"})
+    with pytest.raises(ValueError, match=r"mapping names nothing of \['flat.weight'\]"):
+        framework.back(given, less, mapping=missing)
+
+
+@pytest.mark.parametrize("name", ["pytorch", "timm", "keras"])
+def test_names_are_needed_and_numbers_do_without(name):
+    framework = Framework(name, momentum=0.9)
+    params, state = after(framework.tx, 3, tree())
+    given = framework.to(state, params)
+    with pytest.raises(ValueError, match="names are needed: mapping has names"):
+        framework.back(given, params, names=None)
+    leaves = {p: leaf if isinstance(leaf, Leaf) else Leaf(leaf) for p, leaf in MAPPING.items()}
+    numbered = {p: leaf._replace(name=NAMES.index(leaf.name)) for p, leaf in leaves.items()}
+    for names in (None, NAMES):
+        found = framework.back(given, params, mapping=numbered, names=names)
+        assert_same(found, framework.back(given, params))
+
+
+def test_names_in_another_order_are_noticed_if_the_optimizer_knows_them():
+    """As from a model whose parameters are in groups, in another order than in the model."""
+    framework = Framework("pytorch")
+    params, state = after(framework.tx, 3, tree())
+    given = framework.to(state, params)
+    given["param_groups"] = [
+        group([0, 1], param_names=NAMES[:2]),
+        group([2, 3], param_names=NAMES[2:]),
+    ]
+    assert_same(framework.back(given, params, names=None), state)
+    assert_same(framework.back(given, params, names=NAMES), state)
+    with pytest.raises(ValueError, match=r"names must be those of param_groups, \['cell.weight'"):
+        framework.back(given, params, names=sorted(NAMES))
+    with pytest.raises(ValueError, match="names must be those of 4 parameters, got 5"):
+        framework.back(given, params, names=["a", *NAMES])
+
+
+def test_groups_with_and_without_momentum_need_a_partition_that_has_them_alike():
+    labels = {"fc": "plain", "cell": "plain", "flat": "momentum"}
+    parts = {"plain": dialects.pytorch(), "momentum": dialects.pytorch(momentum=0.9)}
+    tx = optax.partition(parts, labels)
+    groups = [group([0], momentum=0.9), group([1, 2, 3], lr=0.1)]
+    names = ["flat.weight", "fc.bias", "cell.weight", "fc.weight"]
+    params, state = after(tx, 3, tree())
+    given = convert.to_pytorch(state, params, MAPPING, tx, param_groups=groups, names=names)
+    assert given["param_groups"] == groups
+    assert {n: sorted(held) for n, held in given["state"].items()} == {
+        0: ["momentum_buffer", "square_avg", "step"],
+        1: ["square_avg", "step"],
+        2: ["square_avg", "step"],
+        3: ["square_avg", "step"],
+    }
+    assert_same(convert.from_pytorch(given, params, MAPPING, tx, names=names), state)
+    swapped = optax.partition(parts, {"fc": "momentum", "cell": "plain", "flat": "plain"})
+    with pytest.raises(ValueError, match=r"momentum for '(flat|fc)"):
+        convert.from_pytorch(given, params, MAPPING, swapped, names=names)
+    other = [group([0]), group([1, 2, 3], momentum=0.9)]
+    with pytest.raises(ValueError, match=r"the state for 'flat.weight' has .*its group wants"):
+        convert.to_pytorch(state, params, MAPPING, tx, param_groups=other, names=names)
+
+
+def test_two_rules_for_a_parameter_are_filled_alike_and_refused_on_the_way_back():
+    framework = Framework("keras", momentum=0.9)
+    params, state = after(framework.tx, 3, tree())
+    tx = optax.chain(framework.tx, framework.tx)
+    found = framework.back(framework.to(state, params), params, tx)
+    assert_same(found, (state, state))
+    with pytest.raises(ValueError, match=r"state has '.*' twice"):
+        convert.to_keras(found, params, MAPPING, tx, names=NAMES)
+
+
+def test_a_layer_in_two_groups_is_refused_if_only_one_has_momentum():
+    labels = {"fc": "plain", "cell": {"i": "plain", "o": "momentum"}, "flat": "plain"}
+    parts = {"plain": dialects.pytorch(), "momentum": dialects.pytorch(momentum=0.9)}
+    tx = optax.partition(parts, labels)
+    params, state = after(tx, 3, tree())
+    with pytest.raises(ValueError, match=r"there are 1 of the 2 parts of 'cell.weight'"):
+        convert.to_pytorch(
+            state, params, MAPPING, tx, param_groups=[group()], names=NAMES, strict=False
+        )
+
+
+def test_numbers_in_the_groups_are_the_users_affair_but_not_the_rule():
+    framework = Framework("pytorch", momentum=0.9)
+    params, state = after(framework.tx, 3, tree())
+    given = framework.to(state, params)
+    given["param_groups"][0] |= {"lr": 1.0, "alpha": 0.5, "eps": 1.0, "momentum": 0.5}
+    assert_same(framework.back(given, params), state)
+    tx = rmsprop(0.01, momentum=0.9, nesterov=True, lr_in_momentum=False)
+    with pytest.raises(ValueError, match=r"param_groups.*eps_in_sqrt.*nesterov.*strict=False"):
+        framework.back(given, params, tx)
+    assert_same(framework.back(given, params, tx, strict=False), state)
+
+
+def test_groups_of_timm_that_differ_in_where_the_rate_is():
+    tx = dialects.timm(momentum=0.9)
+    params, state = after(tx, 3, tree())
+    groups = [
+        timm_group([0], momentum=0.9),
+        timm_group([1, 2, 3], momentum=0.9, lr_in_momentum=False),
+    ]
+    with pytest.raises(ValueError, match="param_groups differ in lr_in_momentum"):
+        convert.to_timm(state, params, MAPPING, tx, param_groups=groups, names=NAMES)
+
+
+def test_param_groups_that_lack_a_parameter_or_have_one_more():
+    framework = Framework("pytorch")
+    params, state = after(framework.tx, 3, tree())
+    for numbers, names, message in (
+        ([0, 1, 2], NAMES[:3], r"mapping names \['fc.bias'\], which no group has"),
+        (range(5), [*NAMES, "more"], "mapping names nothing of 'more'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            convert.to_pytorch(
+                state, params, MAPPING, framework.tx, param_groups=[group(numbers)], names=names
+            )
+
+
+def test_a_late_parameter_starts_as_ours_has_it():
+    framework = Framework("timm", momentum=0.9)
+    params, state = after(framework.tx, 3, tree())
+    given = framework.to(state, params)
+    del given["state"][3]
+    found = framework.back(given, params)
+    np.testing.assert_array_equal(found.nu["fc"]["bias"], 1)
+    assert_same(
+        (found.nu["fc"]["kernel"], found.trace["flat"]),
+        (state.nu["fc"]["kernel"], state.trace["flat"]),
+    )
+
+
+def test_options_of_a_group_are_arguments_of_the_dialect():
+    options = convert.pytorch_options(group(lr=np.float32(0.5), weight_decay=1e-4, maximize=True))
+    assert options == {
+        "lr": 0.5,
+        "alpha": 0.99,
+        "eps": 1e-8,
+        "weight_decay": 1e-4,
+        "momentum": 0.0,
+        "centered": False,
+        "maximize": True,
+    }
+    dialects.pytorch(**options)
+    old = {name: group()[name] for name in ("lr", "alpha", "eps", "weight_decay")}
+    assert convert.pytorch_options(old)["momentum"] == 0
+    old["decoupled_decay"] = False
+    assert convert.timm_options(old)["lr_in_momentum"] is True
+    corrected = timm_group(corrected_weight_decay=True, max_lr_snapshot=0.3)
+    assert convert.timm_options(corrected)["initial_lr"] == 0.3
+    dialects.timm(**convert.timm_options(corrected))
+    with pytest.raises(ValueError, match="group has no 'max_lr_snapshot'"):
+        convert.timm_options(without("max_lr_snapshot")(corrected) or corrected)
+
+
+class Variable:
+    """As Keras's: an array with a path."""
+
+    def __init__(self, path, value):
+        self.path, self.value = path, value
+
+    def __array__(self, dtype=None, copy=None):
+        return np.asarray(self.value, dtype)
+
+
+def test_variables_of_keras_are_known_by_their_paths():
+    framework = Framework("keras", momentum=0.9)
+    params, state = after(framework.tx, 3, tree())
+    arrays = framework.to(state, params)
+    kinds = ["iteration", "learning_rate", *["a_velocity"] * 4, *["a_momentum"] * 4]
+    variables = [Variable(f"rmsprop/{k}", a) for k, a in zip(kinds, arrays, strict=True)]
+    assert_same(framework.back(variables, params), state)
+    kinds[2:6] = ["a_average"] * 4  # as with use_ema
+    variables = [Variable(f"rmsprop/{k}", a) for k, a in zip(kinds, arrays, strict=True)]
+    with pytest.raises(
+        ValueError, match=r"variables\[2\] is 'rmsprop/a_average', but .* a velocity"
+    ):
+        framework.back(variables, params)
+
+
+def test_variables_of_keras_may_come_from_a_file():
+    framework = Framework("keras", momentum=0.9, centered=True)
+    params, state = after(framework.tx, 3, tree())
+    arrays = framework.to(state, params)
+    file = {str(i): array for i, array in enumerate(arrays)}
+    file = {name: file[name] for name in sorted(file)}  # "1", "10", "11", "2", ...
+    again = framework.back(file, params)
+    assert_same(again._replace(nu=None), state._replace(nu=None))
+    scheduled = convert.to_keras(state, params, MAPPING, framework.tx, names=NAMES)
+    assert len(scheduled) == len(arrays) - 1
+    assert_same(framework.back(scheduled, params), again)
+    narrow = {name: a if a.ndim == 0 else a.astype(jnp.bfloat16) for name, a in file.items()}
+    stored = {n: a if a.ndim == 0 else a.view("V2") for n, a in narrow.items()}  # as in HDF5
+    assert_same(framework.back(stored, params), framework.back(narrow, params))
+    del file["10"]
+    with pytest.raises(ValueError, match=r"variables must be '0', '1', ..., got"):
+        framework.back(file, params)
+
+
+def test_keras_has_one_optimizer_for_all():
+    parts = {"a": dialects.keras(0.1), "b": dialects.keras(0.1, momentum=0.9)}
+    tx = optax.partition(parts, {"fc": "a", "cell": "b", "flat": "b"})
+    params, state = after(tx, 3, tree())
+    with pytest.raises(ValueError, match=r"one RMSProp for all variables"):
+        convert.to_keras(state, params, MAPPING, tx, names=NAMES)
+    alike = {"a": dialects.keras(0.1, weight_decay=0.1), "b": dialects.keras(0.1)}
+    tx = optax.partition(alike, {"fc": "a", "cell": "b", "flat": "b"})
+    params, state = after(tx, 3, tree())
+    arrays = convert.to_keras(state, params, MAPPING, tx, names=NAMES)
+    assert_same(convert.from_keras(arrays, params, MAPPING, tx, names=NAMES), state)
+    with pytest.raises(ValueError, match="mapping must name each of"):
+        convert.to_keras(state, params, MAPPING, tx, names=[*NAMES, "more"])
+
+
+def test_tensorflow_slots_by_name():
+    w, ones = np.zeros(2), np.ones(2)
+    variables = {"a/w": w, "a/w/RMSProp": ones, "a/w/RMSProp_1": 2 * ones, "global_step": 3}
+    slots = convert.tensorflow_v1_slots(variables)
+    assert {slot: list(of) for slot, of in slots.items()} == {"rms": ["a/w"], "momentum": ["a/w"]}
+    np.testing.assert_array_equal(slots["momentum"]["a/w"], 2)
+    centered = convert.tensorflow_v1_slots(variables | {"a/w/RMSProp_2": 3 * ones})
+    assert list(centered) == ["rms", "mg", "momentum"]
+    np.testing.assert_array_equal(centered["mg"]["a/w"], 2)
+    np.testing.assert_array_equal(centered["momentum"]["a/w"], 3)
+    with pytest.raises(ValueError, match=r"no variable is named like 'w/Other': .*'a/w'"):
+        convert.tensorflow_v1_slots(variables, "Other")
+    with pytest.raises(ValueError, match=r"\['b'\] have a slot 'rms' or a slot 'momentum'"):
+        convert.tensorflow_v1_slots(variables | {"b": w, "b/RMSProp": ones})
+    with pytest.raises(ValueError, match=r"\['b'\] have a slot 'rms' or a slot 'mg'"):
+        convert.tensorflow_v1_slots(variables | {f"b/RMSProp{i}": ones for i in ("", "_2")})
+
+
+def test_tensorflow_keeps_a_momentum_that_is_left_alone():
+    tx = dialects.tensorflow_v1(0.1)
+    params, state = after(tx, 3, tree())
+    slots = convert.to_tensorflow_v1(state, params, MAPPING, tx)
+    assert all(not np.any(array) for array in slots["momentum"].values())
+    slots["momentum"] = {name: array + 1 for name, array in slots["momentum"].items()}
+    again = convert.from_tensorflow_v1(slots, params, MAPPING, tx, steps=3)
+    assert_same(again, state)
