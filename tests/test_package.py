@@ -70,7 +70,7 @@ ORDER = [
     "dialects._torch",
     "dialects",
     "recipes._arguments",
-    "recipes._generative",
+    "recipes._pytorch",
     "recipes._reinforcement",
     "recipes._vision",
     "recipes",

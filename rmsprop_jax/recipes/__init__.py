@@ -14,14 +14,13 @@ gradients before RMSProp is Optax's, with its limits: one infinite gradient and 
 NaN of that gradient and 0 of the others.
 """
 
-from rmsprop_jax.recipes._generative import wgan
+from rmsprop_jax.recipes._pytorch import torchvision_mobilenet_v3, wgan
 from rmsprop_jax.recipes._reinforcement import a2c, dqn_zoo, impala, nature_dqn, torchbeast
 from rmsprop_jax.recipes._vision import (
     efficientnet,
     inception,
     mobilenet_v2,
     mobilenet_v3,
-    torchvision_mobilenet_v3,
 )
 
 __all__ = [

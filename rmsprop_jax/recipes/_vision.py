@@ -1,4 +1,4 @@
-"""Image models: Inception, the MobileNets, EfficientNet."""
+"""Image models trained in TensorFlow 1: Inception, MobileNetV2 and V3, EfficientNet."""
 
 from typing import Any
 
@@ -9,7 +9,6 @@ import optax
 from rmsprop_jax._rmsprop import rmsprop
 from rmsprop_jax._rule import Scalar
 from rmsprop_jax._storage import Storage
-from rmsprop_jax.dialects import pytorch
 from rmsprop_jax.recipes._arguments import above_0, clipped, number, stairs
 
 
@@ -220,53 +219,6 @@ def efficientnet(
         return jnp.where(count < warmup, peak * count / max(warmup, 1), falling(count))
 
     return _tensorflow(schedule, 0.9, 0.001, weight_decay, mask, storage)
-
-
-def torchvision_mobilenet_v3(
-    steps_per_epoch: float = 1252,
-    learning_rate: Scalar = 0.064,
-    *,
-    weight_decay: Scalar = 1e-5,
-    storage: Storage | None = None,
-) -> optax.GradientTransformationExtraArgs:
-    """MobileNetV3 of torchvision: PyTorch's rule, alpha and momentum 0.9, eps 0.0316.
-
-    That eps, outside the root, stands for TensorFlow's 0.001 inside it. The learning rate is
-    multiplied by 0.973 every two epochs; weight decay is for all parameters.
-
-    Args:
-      steps_per_epoch: updates an epoch, 1252 on 8 devices of 128 images.
-      learning_rate: number, that of the first two epochs.
-      weight_decay: number of at least 0, in units of gradient / parameter; coupled.
-      storage: how the state is held, as in :func:`rmsprop_jax.rmsprop`.
-
-    Returns:
-      An ``optax.GradientTransformationExtraArgs``, as :func:`rmsprop_jax.rmsprop`.
-
-    Raises:
-      TypeError, ValueError: if an argument is of the wrong type or out of range.
-
-    Example:
-      >>> from rmsprop_jax import describe, recipes
-      >>> print(describe(recipes.torchvision_mobilenet_v3()))
-      g <- g + weight_decay x
-      s <- decay s + (1 - decay) g^2
-      b <- momentum b + g / (sqrt(s) + eps)
-      x <- x - learning_rate b
-      from s = 0
-      with learning_rate a schedule, decay 0.9, eps 0.0316, momentum 0.9, weight_decay 1e-05
-
-    Source: pytorch/vision, references/classification/README.md and train.py.
-    """
-    epoch = above_0("steps_per_epoch", steps_per_epoch)
-    return pytorch(
-        _stairs(learning_rate, 2 * epoch, 0.973),
-        0.9,
-        0.0316,
-        number("weight_decay", weight_decay),
-        0.9,
-        storage=storage,
-    )
 
 
 def _stairs(learning_rate: Scalar, steps: float, factor: float) -> optax.Schedule:
