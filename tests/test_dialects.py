@@ -366,4 +366,4 @@ def test_every_docstring_says_what_it_is(name):
         assert heading in doc
     assert "<- " in doc
     for parameter in [*SIGNATURES[name], "storage"]:
-        assert f"      {parameter}: " in doc
+        assert f"  {parameter}: " in doc

@@ -251,4 +251,4 @@ def test_every_docstring_names_its_source(name):
     for heading in ("Args:", "Returns:", "Raises:", "Example:", "Source"):
         assert heading in make.__doc__
     for parameter in inspect.signature(make).parameters:
-        assert f"      {parameter}: " in make.__doc__
+        assert f"  {parameter}: " in make.__doc__
