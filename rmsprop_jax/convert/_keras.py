@@ -47,6 +47,15 @@ def from_keras(
       ValueError: if variables are missing, left over or of a wrong shape, or tx cannot express
         what they hold. Nothing is converted then.
       TypeError: if tx is not a transformation of this library.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from rmsprop_jax import convert, dialects
+      >>> params, mapping, tx = {"w": jnp.ones(2)}, {"w": 0}, dialects.keras()
+      >>> steps, learning_rate, velocity = 5, 0.001, [4.0, 9.0]
+      >>> state = convert.from_keras([steps, learning_rate, velocity], params, mapping, tx)
+      >>> print(state.count, state.nu["w"])
+      5 [4. 9.]
     """
     arrays = _arrays(variables)
     order = _order(mapping, names)
@@ -100,6 +109,14 @@ def to_keras(
 
     Raises:
       ValueError, TypeError: as :func:`from_keras`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from rmsprop_jax import convert, dialects
+      >>> params, mapping, tx = {"w": jnp.ones(2)}, {"w": 0}, dialects.keras()
+      >>> steps, velocity = convert.to_keras(tx.init(params), params, mapping, tx)
+      >>> print(steps, velocity)
+      0 [0. 0.]
     """
     foreign = to_theirs(state, params, mapping, tx, lr_in_momentum=True)
     order = _order(mapping, names)

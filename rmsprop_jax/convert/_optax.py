@@ -41,6 +41,15 @@ def from_optax(opt_state: Any, params: Any, tx: Any, *, steps: int | None = None
     Raises:
       ValueError: if opt_state is of another form than tx, or of another tree than params.
       TypeError: if tx is not a transformation of this library.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> from rmsprop_jax import convert, rmsprop
+      >>> params, tx, theirs = {"w": jnp.ones(2)}, rmsprop(0.1), optax.rmsprop(0.1)
+      >>> _, opt_state = theirs.update({"w": jnp.array([10.0, 20.0])}, theirs.init(params))
+      >>> print(convert.from_optax(opt_state, params, tx).nu["w"].round(4))
+      [10. 40.]
     """
     found = [state for state in jax.tree.leaves(opt_state, is_leaf=_is_theirs) if _is_theirs(state)]
     fields = {name: value for state in found for name, value in state._asdict().items()}
@@ -80,6 +89,16 @@ def to_optax(state: Any, params: Any, tx: Any, like: Any) -> Any:
     Raises:
       ValueError: if like is of another form than tx, or of another tree than params.
       TypeError: if tx is not a transformation of this library.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> from rmsprop_jax import convert, rmsprop
+      >>> params, tx = {"w": jnp.ones(2)}, rmsprop(0.1)
+      >>> _, state = tx.update({"w": jnp.array([10.0, 20.0])}, tx.init(params))
+      >>> opt_state = convert.to_optax(state, params, tx, like=optax.rmsprop(0.1).init(params))
+      >>> print(opt_state[0].nu["w"].round(4))
+      [10. 40.]
     """
     mapping = {path: path for path in by_path(params)}
     foreign = to_theirs(state, params, mapping, tx, lr_in_momentum=True)

@@ -41,6 +41,15 @@ def from_tensorflow_v1(
       ValueError: if slots are missing, left over or of a wrong shape, or tx cannot express what
         they hold. Nothing is converted then.
       TypeError: if tx is not a transformation of this library.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from rmsprop_jax import convert, dialects
+      >>> params, mapping, tx = {"w": jnp.ones(2)}, {"w": "w"}, dialects.tensorflow_v1(0.1)
+      >>> slots = {"rms": {"w": [4.0, 9.0]}, "momentum": {"w": [0.0, 0.0]}}
+      >>> state = convert.from_tensorflow_v1(slots, params, mapping, tx, steps=5)
+      >>> print(state.count, state.nu["w"])
+      5 [4. 9.]
     """
     if unknown := sorted(set(slots) - set(_SLOTS.values())):
         raise ValueError(f"slots must be 'rms', 'momentum' and, if centered, 'mg': got {unknown}")
@@ -75,6 +84,14 @@ def to_tensorflow_v1(
 
     Raises:
       ValueError, TypeError: as :func:`from_tensorflow_v1`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from rmsprop_jax import convert, dialects
+      >>> params, mapping, tx = {"w": jnp.ones(2)}, {"w": "w"}, dialects.tensorflow_v1(0.1)
+      >>> slots = convert.to_tensorflow_v1(tx.init(params), params, mapping, tx)
+      >>> print(slots["rms"]["w"])
+      [1. 1.]
     """
     foreign = to_theirs(state, params, mapping, tx, lr_in_momentum=True)
     slots: dict[str, dict[Name, np.ndarray]] = {"rms": {}, "momentum": {}}

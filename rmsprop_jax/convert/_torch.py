@@ -54,6 +54,17 @@ def from_pytorch(
       ValueError: if an entry is missing, left over, of a wrong shape or of another optimizer, or
         tx cannot express what it holds. Nothing is converted then.
       TypeError: if tx is not a transformation of this library.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from rmsprop_jax import convert, dialects
+      >>> params, mapping, tx = {"w": jnp.ones(2)}, {"w": 0}, dialects.pytorch()
+      >>> group = {"lr": 0.01, "alpha": 0.99, "eps": 1e-8, "weight_decay": 0, "params": [0]}
+      >>> held = {0: {"step": 5, "square_avg": [4.0, 9.0]}}
+      >>> state_dict = {"state": held, "param_groups": [group]}
+      >>> state = convert.from_pytorch(state_dict, params, mapping, tx)
+      >>> print(state.count, state.nu["w"])
+      5 [4. 9.]
     """
     return _from(state_dict, params, mapping, tx, names, strict, pytorch_rule)
 
@@ -86,6 +97,16 @@ def to_pytorch(
 
     Raises:
       ValueError, TypeError: as :func:`from_pytorch`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from rmsprop_jax import convert, dialects
+      >>> params, mapping, tx = {"w": jnp.ones(2)}, {"w": 0}, dialects.pytorch()
+      >>> group = {"lr": 0.01, "alpha": 0.99, "eps": 1e-8, "weight_decay": 0, "params": [0]}
+      >>> state = tx.init(params)
+      >>> state_dict = convert.to_pytorch(state, params, mapping, tx, param_groups=[group])
+      >>> print(state_dict["state"][0]["square_avg"])
+      [0. 0.]
     """
     return _to(state, params, mapping, tx, param_groups, names, tensor, strict, pytorch_rule)
 
