@@ -10,6 +10,7 @@ from rmsprop_jax.convert._arrays import array
 from rmsprop_jax.convert._mapping import (
     LeafMapping,
     Name,
+    by_path,
     path_of,
     put,
     refuse_unmapped,
@@ -79,10 +80,7 @@ def params_to(params: Any, mapping: LeafMapping) -> dict[Name, np.ndarray]:
       (2, 3)
     """
     leaves = resolve(mapping, params)
-    values = {
-        path_of(path): np.asarray(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }
+    values = {path: np.asarray(leaf) for path, leaf in by_path(params).items()}
     shares = {
         path: values[path] / len(leaf.names()) if leaf.also else values[path]
         for path, leaf in leaves.items()
