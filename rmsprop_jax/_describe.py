@@ -4,7 +4,7 @@ from typing import Any
 
 import optax
 
-from rmsprop_jax._rule import Rule, rules_in
+from rmsprop_jax._rule import Rule, rules_of
 from rmsprop_jax._storage import FLOAT32
 
 
@@ -37,10 +37,7 @@ def describe(tx: optax.GradientTransformation) -> str:
       from s = 1
       with learning_rate a schedule, decay 0.9, eps 1e-10
     """
-    rules = rules_in(tx)
-    if not rules:
-        raise TypeError(f"tx must be an RMSProp of rmsprop_jax or have one in it, got {tx!r}")
-    return "\n\n".join(map(_paragraph, rules))
+    return "\n\n".join(map(_paragraph, rules_of(tx)))
 
 
 def _paragraph(rule: Rule) -> str:

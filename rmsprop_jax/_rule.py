@@ -144,6 +144,14 @@ def rules_in(tx: Any) -> list[Rule]:
     return list(found.values())
 
 
+def rules_of(tx: Any) -> list[Rule]:
+    """The rules in tx, at least one."""
+    rules = rules_in(tx)
+    if not rules:
+        raise TypeError(f"tx must be an RMSProp of rmsprop_jax or have one in it, got {tx!r}")
+    return rules
+
+
 def _rules(value: Any, seen: set[int]) -> Iterator[Rule]:
     """The rules whose methods are value, or what value is made of: the parts of a wrapper."""
     if id(value) in seen:

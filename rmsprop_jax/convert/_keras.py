@@ -5,9 +5,10 @@ from typing import Any
 
 import numpy as np
 
+from rmsprop_jax._rule import rules_of
 from rmsprop_jax.convert._arrays import array
 from rmsprop_jax.convert._mapping import LeafMapping, Name, as_leaf
-from rmsprop_jax.convert._state import Entry, Foreign, rules_of, to_ours, to_theirs
+from rmsprop_jax.convert._state import Entry, Foreign, to_ours, to_theirs
 
 _KERAS = {"nu": "velocity", "trace": "momentum", "mu": "average_gradient"}  # in Keras's order
 

@@ -7,8 +7,9 @@ import jax
 from jax.tree_util import tree_map_with_path
 import numpy as np
 
+from rmsprop_jax._rule import rules_of
 from rmsprop_jax.convert._mapping import Leaf, Name, by_path, path_of, take
-from rmsprop_jax.convert._state import Entry, Foreign, place, rules_of, to_ours, to_theirs
+from rmsprop_jax.convert._state import Entry, Foreign, place, to_ours, to_theirs
 
 # Of these Optax exports but four. Adam's, say, has the same fields.
 _STATES = {

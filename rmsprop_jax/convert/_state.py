@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.tree_util import tree_map_with_path
 import numpy as np
 
-from rmsprop_jax._rule import RMSPropState, Rule, rules_in
+from rmsprop_jax._rule import RMSPropState, Rule, rules_of
 from rmsprop_jax.convert._mapping import (
     Leaf,
     LeafMapping,
@@ -53,14 +53,6 @@ class Foreign(NamedTuple):
     lr_in_momentum: bool
     weight_sum: float | None = None
     idle_momentum: bool = False
-
-
-def rules_of(tx: Any) -> list[Rule]:
-    """The rules in tx, at least one."""
-    rules = rules_in(tx)
-    if not rules:
-        raise TypeError(f"tx must be an RMSProp of rmsprop_jax or have one in it, got {tx!r}")
-    return rules
 
 
 def to_ours(foreign: Foreign, params: Any, mapping: LeafMapping, tx: Any) -> Any:
