@@ -1,9 +1,18 @@
 """RMSProp for JAX as one pure Optax gradient transformation."""
 
-from rmsprop_jax import convert, dialects, recipes
+from rmsprop_jax import convert, dialects, low_memory, recipes
 from rmsprop_jax._describe import describe
 from rmsprop_jax._rmsprop import rmsprop, scale_by_rms
 from rmsprop_jax._rule import RMSPropState
 
-__all__ = ["RMSPropState", "convert", "describe", "dialects", "recipes", "rmsprop", "scale_by_rms"]
+__all__ = [
+    "RMSPropState",
+    "convert",
+    "describe",
+    "dialects",
+    "low_memory",
+    "recipes",
+    "rmsprop",
+    "scale_by_rms",
+]
 __version__ = "0.1.0"

@@ -39,3 +39,14 @@ def narrow(z: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """The array z as dtype; what is beyond its range becomes its largest number."""
     largest = float(jnp.finfo(dtype).max)
     return (clip(z, largest) if largest < float(jnp.finfo(z.dtype).max) else z).astype(dtype)
+
+
+def settled(x: jax.Array, zero: jax.Array) -> jax.Array:
+    """The array x, where zero is an int32 scalar 0 of which the compiler does not know that.
+
+    So it cannot fuse the product x with a sum that follows, which would leave out a rounding: in
+    one program but not in another. It then has the same bits in both.
+    """
+    integer = {4: jnp.int32, 8: jnp.int64}[x.dtype.itemsize]
+    bits = lax.bitcast_convert_type(x, integer) ^ zero.astype(integer)
+    return lax.bitcast_convert_type(bits, x.dtype)

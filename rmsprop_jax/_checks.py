@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rmsprop_jax._storage import is_packed
+
 LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -88,7 +90,7 @@ def state(value: Any, kind: Any, in_use: dict[str, bool]) -> None:
 
 
 def columns(
-    grads: Any, trees: dict[str, Any], *, real: Collection[str]
+    grads: Any, trees: dict[str, Any], *, real: Collection[str], dtypes: Collection[Any]
 ) -> tuple[list[list[Any]], Any]:
     """The leaves of the gradients and of each tree, asserted by chex to belong together.
 
@@ -96,8 +98,8 @@ def columns(
 
     None is a leaf, and a tree that is None has nothing but such. Each gradient that is not None
     must be floating or complex, have the shapes of its counterparts and be complex where they
-    are; the trees named in real are real for either. No slot may have been cast to fewer than 32
-    bits.
+    are; the trees named in real are real for either. The real dtype of a slot must be one of
+    dtypes.
     """
     leaves: list[Any]
     structure: Any
@@ -108,8 +110,11 @@ def columns(
         if tree is None:
             found.append([None] * len(leaves))
             continue
-        others, other_structure = jax.tree.flatten(tree, is_leaf=_is_none)
+        others: list[Any]
+        other_structure: Any
+        others, other_structure = jax.tree.flatten(tree, is_leaf=_is_slot)
         if other_structure != structure:
+            tree = other_structure.unflatten(map(_one_leaf, others))
             got, wanted = set(_names(grads)), set(_names(tree))
             chex.assert_trees_all_equal_structs(
                 grads,
@@ -120,7 +125,8 @@ def columns(
         misfits = [
             i
             for i, (form, other) in enumerate(zip(forms, others, strict=True))
-            if form is not None and not _fits(form, _form(other), name in real, name == "params")
+            if form is not None
+            and not _fits(form, _form(other), name in real, None if name == "params" else dtypes)
         ]
         if misfits:
             names = _names(grads)
@@ -130,47 +136,57 @@ def columns(
                     f"gradient {_describe(grad)}, {name} {_describe(other)}"
                 ),
                 {names[i]: leaves[i] for i in misfits},
-                {names[i]: others[i] for i in misfits},
+                {names[i]: _one_leaf(others[i]) for i in misfits},
             )
         found.append(others)
     return found, structure
 
 
 class _Form(NamedTuple):
-    """Of a leaf: its shape, float or complex, and whether it has at least 32 bits a real number.
+    """Of a leaf: its shape, float or complex, and the dtype of its real numbers.
 
     None for what it has not.
     """
 
     shape: tuple[int, ...] | None
     kind: type | None
-    wide: bool
+    dtype: Any
 
 
 def _form(leaf: Any) -> _Form:
     if hasattr(leaf, "dtype"):
         return _Form(leaf.shape, *_kind(leaf.dtype))
     if isinstance(leaf, float | complex):
-        return _Form((), type(leaf), True)
-    return _Form(None, None, False)
+        return _Form((), type(leaf), jnp.dtype(float))
+    return _Form(None, None, None)
 
 
-def _fits(grad: _Form, other: _Form, real: bool, narrow: bool) -> bool:
+def _fits(grad: _Form, other: _Form, real: bool, dtypes: Collection[Any] | None) -> bool:
     if grad.kind is None or other.kind is None or grad.shape != other.shape:
         return False
-    return other.kind is (float if real else grad.kind) and (other.wide or narrow)
+    right = other.kind is (float if real else grad.kind)
+    return right and (dtypes is None or other.dtype in dtypes)
 
 
 @functools.cache
-def _kind(dtype: Any) -> tuple[type | None, bool]:
+def _kind(dtype: Any) -> tuple[type | None, Any]:
     if not jnp.issubdtype(dtype, jnp.inexact):
-        return None, False
+        return None, None
     kind = complex if jnp.issubdtype(dtype, jnp.complexfloating) else float
-    return kind, jnp.finfo(dtype).bits >= 32
+    return kind, jnp.finfo(dtype).dtype
 
 
 def _is_none(leaf: Any) -> bool:
     return leaf is None
+
+
+def _is_slot(leaf: Any) -> bool:
+    return leaf is None or is_packed(leaf)
+
+
+def _one_leaf(slot: Any) -> Any:
+    """A slot, or what stands for it as a leaf if it is a node."""
+    return jax.ShapeDtypeStruct(slot.shape, slot.dtype) if is_packed(slot) else slot
 
 
 def _describe(leaf: Any) -> str:

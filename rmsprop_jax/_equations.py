@@ -29,8 +29,8 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from rmsprop_jax._arrays import abs2, by_parts, clip, narrow, widen
-from rmsprop_jax._storage import Slot, Storage
+from rmsprop_jax._arrays import abs2, by_parts, clip, narrow, settled, widen
+from rmsprop_jax._storage import Draw, Slot, Storage
 
 
 class Variant(NamedTuple):
@@ -64,9 +64,21 @@ class Slots(NamedTuple):
     trace: Slot | None
 
 
-@functools.partial(jax.jit, static_argnums=4)
+class Moment(NamedTuple):
+    """Which step it is of which leaf: int32 and uint32, for what is rounded at random."""
+
+    step: jax.Array
+    leaf: jax.Array
+
+
+@functools.partial(jax.jit, static_argnums=5)
 def step(
-    g: jax.Array, x: jax.Array | None, slots: Slots, hyper: Hyper, variant: Variant
+    g: jax.Array,
+    x: jax.Array | None,
+    slots: Slots,
+    hyper: Hyper,
+    moment: Moment | None,
+    variant: Variant,
 ) -> tuple[jax.Array, Slots]:
     """-u, in the shape and dtype of g, and the new slots; finite for every g that is not NaN.
 
@@ -74,11 +86,16 @@ def step(
     jit traces each shape once, however often the transformation is built anew.
     """
     with jax.disable_jit():  # the operators are jitted functions too: inlined, they trace faster
-        return _step(g, x, slots, hyper, variant)
+        return _step(g, x, slots, hyper, moment, variant)
 
 
 def _step(
-    g: jax.Array, x: jax.Array | None, slots: Slots, hyper: Hyper, variant: Variant
+    g: jax.Array,
+    x: jax.Array | None,
+    slots: Slots,
+    hyper: Hyper,
+    moment: Moment | None,
+    variant: Variant,
 ) -> tuple[jax.Array, Slots]:
     s, m, b = slots
     storage = variant.storage
@@ -93,19 +110,22 @@ def _step(
     pull = None if lam is None else clip(lam * widen(x, real), largest)
     if pull is not None and not variant.decoupled_weight_decay:
         g = g + pull
+    draws = Slots(None, None, None)
+    if moment is not None:
+        draws = Slots(*(Draw(*moment, slot, 0 * g) for slot in range(3)))
     # A quarter of the root: even the difference of two such numbers can be squared.
     g = clip(g, largest**0.5 / 4)
 
     # Each slot is a sum of new terms, with the addition last: of anything else XLA:CPU keeps
     # a copy, to compute the slot again inside the loop that uses it.
     if m is None:
-        v, s = storage.accumulate(s, gamma, (1 - gamma) * square(g))
+        v, s = storage.accumulate(s, gamma, (1 - gamma) * square(g), draw=draws.nu)
     else:
         # E|g|^2 - |m|^2 as a sum of squares. As g - mean = gamma (g - m), the last term is
         # gamma (1 - gamma) |g - m|^2; it vanishes with gamma, where the bound acts.
-        mean, m = storage.accumulate(m, gamma, (1 - gamma) * g)
+        mean, m = storage.accumulate(m, gamma, (1 - gamma) * g, draw=draws.mu)
         ratio = (1 - gamma) / lax.max(gamma, jnp.finfo(real).eps)
-        v, s = storage.accumulate(s, gamma, ratio * square(g - mean))
+        v, s = storage.accumulate(s, gamma, ratio * square(g - mean), draw=draws.nu)
 
     def root(v: jax.Array) -> jax.Array:
         # Never below the smallest normal number: so 0 / 0 is 0, the derivative there is finite (a
@@ -121,7 +141,7 @@ def _step(
         u = clip(eta * u, largest / 2)
     if b is not None:
         r = u
-        u, b = storage.accumulate(b, mu, r, largest / 2)
+        u, b = storage.accumulate(b, mu, r, largest / 2, draws.trace)
         if variant.nesterov:
             u = clip(r + mu * u, largest)
         if variant.cautious:
@@ -134,7 +154,7 @@ def _step(
 
 
 @jax.jit
-def correct_bias(hyper: Hyper, weight_sum: jax.Array) -> tuple[Hyper, jax.Array]:
+def correct_bias(hyper: Hyper, weight_sum: jax.Array, count: jax.Array) -> tuple[Hyper, jax.Array]:
     """The scalars of the step that keeps s (and m) divided by the sum w of the weights in it.
 
         w <- gamma w + (1 - gamma),  gamma_hat = 1 - (1 - gamma) / w
@@ -143,7 +163,7 @@ def correct_bias(hyper: Hyper, weight_sum: jax.Array) -> tuple[Hyper, jax.Array]
     gradient has counted, and an infinite eps makes the step 0.
     """
     gamma = hyper.decay.astype(weight_sum.dtype)
-    w = gamma * weight_sum + (1 - gamma)
+    w = settled(gamma * weight_sum, count >> 31) + (1 - gamma)
     gamma_hat = 1 - (1 - gamma) / lax.max(w, jnp.finfo(w.dtype).tiny)
     eps = jnp.where(w > 0, hyper.eps, jnp.inf)
     return hyper._replace(eps=eps, decay=gamma_hat), w

@@ -3,15 +3,19 @@
 from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
+import functools
 import inspect
 from typing import Any, NamedTuple
+import zlib
 
 import jax
 from jax import export
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from rmsprop_jax import _checks, _equations
+from rmsprop_jax._storage import Slot, is_packed
 
 Scalar = float | jax.Array
 ScalarOrSchedule = Scalar | Callable[[jax.Array], Any]
@@ -59,18 +63,24 @@ class Rule:
             _checks.parameter(path, param)
         storage = self.variant.storage
 
-        def slots(value: Scalar, *, signed: bool) -> Any:
-            real = not signed and not self.variant.split_complex
-            return jax.tree.map(lambda p: storage.init(p, value, signed=signed, real=real), params)
+        def slots(field: str, value: Scalar) -> Any:
+            real = field == "nu" and not self.variant.split_complex
+
+            def slot(path: Any, param: jax.Array) -> Slot:
+                name = _checks.leaf_name(path)
+                return storage.init(param, value, field=field, path=name, real=real)
+
+            return jax.tree_util.tree_map_with_path(slot, params)
 
         in_use = self._slots_in_use()
-        nu = slots(self.initial_scale, signed=False)
-        widest = jnp.result_type(jnp.float32, *map(storage.dtype, jax.tree.leaves(nu)))
+        nu = slots("nu", self.initial_scale)
+        dtypes = map(storage.dtype, jax.tree.leaves(nu, is_leaf=is_packed))
+        widest = jnp.result_type(jnp.float32, *dtypes)
         return RMSPropState(
             count=jnp.zeros([], jnp.int32),
             nu=nu,
-            mu=slots(0.0, signed=True) if in_use["mu"] else None,
-            trace=slots(0.0, signed=True) if in_use["trace"] else None,
+            mu=slots("mu", 0.0) if in_use["mu"] else None,
+            trace=slots("trace", 0.0) if in_use["trace"] else None,
             weight_sum=jnp.zeros([], widest) if in_use["weight_sum"] else None,
         )
 
@@ -91,7 +101,8 @@ class Rule:
 
         trees = {"params": params, "nu": state.nu, "mu": state.mu, "trace": state.trace}
         real = () if self.variant.split_complex else ("nu",)
-        columns, structure = _checks.columns(updates, trees, real=real)
+        storage = self.variant.storage
+        columns, structure = _checks.columns(updates, trees, real=real, dtypes=storage.dtypes)
         # A schedule may mix dtypes as it likes, whatever the user asks of his own code.
         with jax.numpy_dtype_promotion("standard"):
             scalars = _equations.Hyper(
@@ -99,13 +110,16 @@ class Rule:
             )
             weight_sum = state.weight_sum
             if weight_sum is not None:
-                scalars, weight_sum = _equations.correct_bias(scalars, weight_sum)
+                scalars, weight_sum = _equations.correct_bias(scalars, weight_sum, state.count)
+            numbers = _numbers(structure) if storage.draws else [None] * structure.num_leaves
             steps, slots = [], []
-            for g, x, *old in zip(*columns, strict=True):
+            for number, g, x, *old in zip(numbers, *columns, strict=True):
+                moment = None if number is None else _equations.Moment(state.count, number)
                 if g is None:
                     u, new = None, _equations.Slots(*old)
                 else:
-                    u, new = _equations.step(g, x, _equations.Slots(*old), scalars, self.variant)
+                    held = _equations.Slots(*old)
+                    u, new = _equations.step(g, x, held, scalars, moment, self.variant)
                 steps.append(u)
                 slots.append(new)
 
@@ -129,6 +143,14 @@ class Rule:
 
 
 _increment = jax.jit(optax.safe_increment)
+
+
+@functools.lru_cache
+def _numbers(structure: jax.tree_util.PyTreeDef) -> list[np.uint32]:
+    """A number for each leaf, which depends only on its path."""
+    leaves = structure.unflatten(range(structure.num_leaves))
+    paths, _ = jax.tree_util.tree_flatten_with_path(leaves)
+    return [np.uint32(zlib.crc32(_checks.leaf_name(path).encode())) for path, _ in paths]
 
 
 def _at(count: jax.Array, name: str, value: Any) -> jax.Array | None:

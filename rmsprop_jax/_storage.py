@@ -3,7 +3,9 @@
 The equations ask three things of a storage and do not know what its slots are made of.
 """
 
-from typing import Any, Protocol, runtime_checkable
+import abc
+from collections.abc import Collection
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 from jax import lax
@@ -11,24 +13,77 @@ import jax.numpy as jnp
 
 from rmsprop_jax._arrays import clip
 
-Slot = Any  # an array; a storage of few bits may need more than one
+Slot = Any  # an array, or something Packed
+
+
+class Packed(abc.ABC):
+    """A slot that is more than an array: a NamedTuple of arrays, registered as one of these."""
+
+    shape: tuple[int, ...]  # that of the parameter
+    dtype: jnp.dtype  # that of the values
+
+    @abc.abstractmethod
+    def decode(self) -> jax.Array:
+        """The values."""
+
+    @abc.abstractmethod
+    def encode(self, values: Any) -> Any:
+        """A slot of the same form that holds values as well as it can."""
+
+
+def is_packed(value: Any) -> bool:
+    """Whether a node or leaf of a tree of slots is a slot of several arrays."""
+    return isinstance(value, Packed)
+
+
+class Draw(NamedTuple):
+    """What rounding at random may depend on: the same bits for the same slot of the same step.
+
+    Attributes:
+      step: number of steps before, int32.
+      leaf: a number for the leaf's path, uint32.
+      slot: a number for the slot.
+      zero: 0 where the gradient is finite, and NaN elsewhere: so added, it marks what is not to
+        enter the state.
+    """
+
+    step: jax.Array
+    leaf: jax.Array
+    slot: int
+    zero: jax.Array
 
 
 @runtime_checkable
 class Storage(Protocol):
     """Hashable, as a static argument must be; not callable, since callables are schedules."""
 
-    def init(self, param: jax.Array, value: Any, *, signed: bool, real: bool = False) -> Slot:
+    @property
+    def draws(self) -> bool:
+        """Whether accumulate needs a draw."""
+
+    @property
+    def dtypes(self) -> Collection[Any]:
+        """The real dtypes that a slot may have."""
+
+    def init(
+        self, param: jax.Array, value: Any, *, field: str, path: str, real: bool = False
+    ) -> Slot:
         """A slot full of value, placed like param; complex if param is, unless it must be real.
 
-        Both parts of a complex slot are value. What is not signed never falls below 0.
+        Both parts of a complex slot are value. field is the state's: nu never falls below 0, and
+        mu must be precise if there is a nu beside it that is a variance. path is the leaf's.
         """
 
     def dtype(self, slot: Slot) -> jnp.dtype:
         """The dtype of the arithmetic on a slot's real numbers: float32 or float64."""
 
     def accumulate(
-        self, slot: Slot, decay: jax.Array, term: jax.Array, bound: float | None = None
+        self,
+        slot: Slot,
+        decay: jax.Array,
+        term: jax.Array,
+        bound: float | None = None,
+        draw: Draw | None = None,
     ) -> tuple[jax.Array, Slot]:
         """The sum decay * slot + term, that product within a bound, as an array and as a slot."""
 
@@ -36,12 +91,16 @@ class Storage(Protocol):
 class Float32:
     """One array a slot: float32, or float64 for a float64 parameter."""
 
+    draws = False
+    dtypes = frozenset({jnp.dtype(jnp.float32), jnp.dtype(jnp.float64)})
+
     def init(
         self,
         param: jax.Array,
         value: Any,
         *,
-        signed: bool,  # noqa: ARG002
+        field: str = "",  # noqa: ARG002
+        path: str = "",  # noqa: ARG002
         real: bool = False,
     ) -> jax.Array:
         wide = jnp.finfo(jnp.result_type(param)).bits > 32
@@ -49,18 +108,18 @@ class Float32:
         if jnp.iscomplexobj(param) and not real:
             dtype = jnp.complex128 if wide else jnp.complex64
             value = value * (1 + 1j)
-        if not isinstance(param, jax.core.Tracer):
-            return jnp.full_like(param, value, dtype=dtype)
-        # A traced constant depends on no parameter and could be placed anywhere. These zeros
-        # depend on param, but not on its values: nothing, not even NaN, is below itself.
-        zeros = lax.convert_element_type(lax.lt(param.real, param.real), dtype)
-        return zeros + jnp.asarray(value, dtype)
+        return full_like(param, value, dtype)
 
     def dtype(self, slot: jax.Array) -> jnp.dtype:
         return jnp.finfo(slot.dtype).dtype
 
     def accumulate(
-        self, slot: jax.Array, decay: jax.Array, term: jax.Array, bound: float | None = None
+        self,
+        slot: jax.Array,
+        decay: jax.Array,
+        term: jax.Array,
+        bound: float | None = None,
+        draw: Draw | None = None,  # noqa: ARG002
     ) -> tuple[jax.Array, jax.Array]:
         past = decay * slot
         if bound is not None:
@@ -70,3 +129,13 @@ class Float32:
 
 
 FLOAT32 = Float32()
+
+
+def full_like(param: jax.Array, value: Any, dtype: Any) -> jax.Array:
+    """An array full of value, of the shape of param and placed like it, eagerly and traced."""
+    if not isinstance(param, jax.core.Tracer):
+        return jnp.full_like(param, value, dtype=dtype)
+    # A traced constant depends on no parameter and could be placed anywhere. These zeros
+    # depend on param, but not on its values: nothing, not even NaN, is below itself.
+    zeros = lax.convert_element_type(lax.lt(param.real, param.real), dtype)
+    return zeros + jnp.asarray(value, dtype)

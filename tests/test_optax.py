@@ -231,6 +231,7 @@ def test_public_names():
         "convert",
         "describe",
         "dialects",
+        "low_memory",
         "recipes",
         "rmsprop",
         "scale_by_rms",

@@ -14,9 +14,11 @@ is laid out alike, or a :class:`Leaf`. There are ready-made ones for the usual l
 Plain states, and buffers that are not rescaled, come back bit for bit. A variance s becomes the
 second moment s + m^2 and back with one rounding each to the precision of the state, and a second
 moment below m^2, which frameworks reach by cancellation, becomes a variance of 0. A rescaled buffer
-is rounded once; under bias correction there are two roundings.
+is rounded once; under bias correction there are two roundings. Slots in fewer bits are given as
+float32, and lose what :func:`change_storage` says on the way back.
 """
 
+from rmsprop_jax.convert._change_storage import change_storage
 from rmsprop_jax.convert._groups import pytorch_options, timm_options
 from rmsprop_jax.convert._keras import from_keras, to_keras
 from rmsprop_jax.convert._layers import (
@@ -51,6 +53,7 @@ from rmsprop_jax.convert._torch import (
 
 __all__ = [
     "Leaf",
+    "change_storage",
     "from_keras",
     "from_optax",
     "from_pytorch",

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from rmsprop_jax._checks import leaf_name
+from rmsprop_jax._storage import is_packed
 
 Name = str | int
 
@@ -46,8 +47,8 @@ _WRAPPED = jax.tree_util.GetAttrKey("value")
 
 
 def by_path(tree: Any) -> dict[str, Any]:
-    """The leaves of a tree by their path, as in "layer/kernel"."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    """The leaves of a tree, or its slots, by their path, as in "layer/kernel"."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_packed)
     return {path_of(path): leaf for path, leaf in leaves}
 
 

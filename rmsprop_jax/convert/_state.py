@@ -10,6 +10,7 @@ from jax.tree_util import tree_map_with_path
 import numpy as np
 
 from rmsprop_jax._rule import RMSPropState, Rule, rules_of
+from rmsprop_jax._storage import Slot, is_packed
 from rmsprop_jax.convert._mapping import (
     Leaf,
     LeafMapping,
@@ -66,7 +67,7 @@ def to_ours(foreign: Foreign, params: Any, mapping: LeafMapping, tx: Any) -> Any
         if not isinstance(state, RMSPropState):
             return state
 
-        def slot(field: str, path: Any, old: jax.Array) -> jax.Array:
+        def slot(field: str, path: Any, old: Slot) -> Slot:
             where = path_of(path)
             if where not in leaves:
                 raise ValueError(f"tx keeps its state in another form than params: at {where!r}")
@@ -86,7 +87,9 @@ def to_ours(foreign: Foreign, params: Any, mapping: LeafMapping, tx: Any) -> Any
             return place(old, value * scale if field == "trace" else value)
 
         trees = {
-            field: tree_map_with_path(functools.partial(slot, field), getattr(state, field))
+            field: tree_map_with_path(
+                functools.partial(slot, field), getattr(state, field), is_leaf=is_packed
+            )
             for field in ("nu", "mu", "trace")
         }
         weight_sum = state.weight_sum
@@ -96,7 +99,7 @@ def to_ours(foreign: Foreign, params: Any, mapping: LeafMapping, tx: Any) -> Any
             count=place(state.count, np.asarray(foreign.steps)), weight_sum=weight_sum, **trees
         )
 
-    state = jax.tree.map(fill, tx.init(params), is_leaf=_is_ours)
+    state = jax.tree.map(fill, tx.init(params), is_leaf=is_ours)
     if left := sorted(set(leaves) - filled):
         raise ValueError(f"tx keeps no state for {left}")
     return state
@@ -111,7 +114,7 @@ def to_theirs(
         (rule.centered, rule.hyper.momentum is not None, rule.bias_correction)
         for rule in rules_of(tx)
     }
-    ours = [leaf for leaf in jax.tree.leaves(state, is_leaf=_is_ours) if _is_ours(leaf)]
+    ours = [leaf for leaf in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(leaf)]
     if not ours:
         raise ValueError(f"state has no RMSPropState in it, got {type(state).__name__}")
     if {tuple(slot is not None for slot in (o.mu, o.trace, o.weight_sum)) for o in ours} != wanted:
@@ -150,7 +153,7 @@ def to_theirs(
     return foreign._replace(entries=entries)
 
 
-def _slot(field: str, entry: Entry, leaf: Leaf, old: jax.Array, w: float) -> np.ndarray:
+def _slot(field: str, entry: Entry, leaf: Leaf, old: Slot, w: float) -> np.ndarray:
     """A slot in our layout, in double precision."""
 
     def taken(name: str) -> np.ndarray:
@@ -199,8 +202,10 @@ def _rate(rule: Rule, count: int) -> float:
     return float(rate(jnp.asarray(count, jnp.int32)) if callable(rate) else rate)
 
 
-def place(old: Any, value: np.ndarray) -> Any:
-    """A copy of value in the dtype of old, where old is, and as free to move as old is."""
+def place(old: Any, value: Any) -> Any:
+    """A copy of value as an array or slot like old, where old is, and as free to move as old is."""
+    if is_packed(old):
+        return jax.tree.map(place, old, old.encode(value))
     value = np.asarray(value).astype(old.dtype)
     if not isinstance(old, jax.Array):
         return value
@@ -208,12 +213,12 @@ def place(old: Any, value: np.ndarray) -> Any:
 
 
 def _wide(value: Any) -> np.ndarray:
-    value = np.asarray(value)
+    value = np.asarray(value.decode() if is_packed(value) else value)
     return value.astype(np.result_type(value.dtype, np.float64))
 
 
-def _narrow(value: np.ndarray, like: jax.Array) -> np.ndarray:
-    return value.astype(like.dtype)
+def _narrow(value: np.ndarray, like: Slot) -> np.ndarray:
+    return value.astype(jnp.promote_types(like.dtype, jnp.float32))
 
 
 def _square(m: np.ndarray, *, complex_parts: bool) -> np.ndarray:
@@ -224,5 +229,5 @@ def _by_parts(f: Callable[[np.ndarray], np.ndarray], z: np.ndarray) -> np.ndarra
     return f(z.real) + 1j * f(z.imag) if np.iscomplexobj(z) else f(z)
 
 
-def _is_ours(value: Any) -> bool:
+def is_ours(value: Any) -> bool:
     return isinstance(value, RMSPropState)

@@ -1,0 +1,29 @@
+"""Small state: how the slots of RMSProp are held in 8 or 16 bits a number.
+
+    tx = rmsprop(1e-3, storage=low_memory.q8())
+
+A storage goes to ``rmsprop``, ``scale_by_rms`` and every dialect and recipe. The arithmetic is in
+float32 with either, and what is stored is rounded at random, so that its mean is right: rounded to
+the nearest, an average whose steps are smaller than half the distance of its neighbours never
+moves again. No random key is kept: the bits are a hash of the seed, the step, the leaf's path and
+the place in the leaf, the same eagerly, compiled, in a loop and in whatever way ``jit`` shards.
+
+bytes a parameter        float32   bfloat16   q8
+second moment, variance  4         2          1 + 1/block
+momentum                 4         2          1 + 1/block
+mean, centered only      4         2          2
+
+In both, a gradient that is not finite acts on its own coordinate in its own step as it does in
+float32, and never enters the state, where it counts as 0. Scalars, empty and complex leaves are
+held as without a storage. What is stored has no derivative.
+
+Under ``jit``, codes and exponents are placed like the parameters, and the update needs no
+communication. Inside ``pmap`` and ``shard_map`` the place in a leaf is that in its shard: replicas
+stay equal, and shards round by the same bits, which does no harm to any of them. To make them
+independent name the mapped axes, ``q8(axis_name="data")``; not where a leaf is replicated over
+them, whose copies would part.
+"""
+
+from rmsprop_jax.low_memory._storages import bfloat16, q8
+
+__all__ = ["bfloat16", "q8"]

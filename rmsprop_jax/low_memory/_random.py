@@ -1,0 +1,57 @@
+"""Random bits without a key in the state: a hash of the step, the leaf, the slot and the place.
+
+The places are counted over the whole array, so the bits are the same however it is sharded.
+"""
+
+import zlib
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+
+from rmsprop_jax._storage import Draw
+
+AxisName = str | tuple[str, ...]
+
+
+def random_key(seed: int, axis_name: AxisName | None, draw: Draw) -> jax.Array:
+    """A number for one slot of one leaf in one step; for each shard of a mapped axis, if named."""
+    words = [_word(seed), draw.leaf, draw.step.astype(jnp.uint32), np.uint32(draw.slot)]
+    if axis_name is not None:
+        words.append(lax.axis_index(axis_name).astype(jnp.uint32))
+    mixed = jnp.uint32(0)
+    for word in words:
+        mixed = _mix(mixed ^ word)
+    return mixed
+
+
+def random_bits(key: jax.Array, shape: tuple[int, ...], count: int) -> jax.Array:
+    """Uniform integers of so many bits, 0 to 2^count - 1, as an int32 array of a shape."""
+    place = jnp.zeros((), jnp.uint32)
+    for axis, stride in enumerate(_strides(shape)):
+        place = place + lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(stride)
+    return (_mix(place ^ key) >> np.uint32(32 - count)).astype(jnp.int32)
+
+
+def _mix(x: jax.Array) -> jax.Array:
+    """A permutation of the 32-bit integers in which each bit of x moves about half of the bits.
+
+    The shifts and factors are Chris Wellons' lowbias32 (nullprogram.com/blog/2018/07/31), without
+    its last shift, which only matters to the low bits.
+    """
+    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D)
+    return (x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B)
+
+
+def _word(seed: int) -> np.uint32:
+    """A number of any size in 32 bits."""
+    return np.uint32(zlib.crc32(str(seed).encode()))
+
+
+def _strides(shape: tuple[int, ...]) -> list[int]:
+    """The distance in memory of neighbours along each axis, modulo 2^32."""
+    strides = [1]
+    for size in shape[:0:-1]:
+        strides.append(strides[-1] * size % 2**32)
+    return strides[::-1]
