@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rmsprop_jax._storage import is_packed
+from rmsprop_jax._storage import Joined, is_packed
 
 LARGEST = float(np.finfo(np.float32).max)
 
@@ -76,8 +76,8 @@ def instance(name: str, value: Any, protocol: type) -> Any:
     return value
 
 
-def state(value: Any, kind: Any, in_use: dict[str, bool]) -> None:
-    """Refuses what is not a state of a kind, or one whose fields in use are others."""
+def state(value: Any, kind: Any, in_use: dict[str, bool], joins: Collection[str]) -> None:
+    """Refuses what is not a state of a kind, or one whose fields in use, or joined, are others."""
     if not isinstance(value, kind):
         raise TypeError(f"state must be of type {kind.__name__}, got {type(value).__name__}")
     for field, used in in_use.items():
@@ -86,6 +86,13 @@ def state(value: Any, kind: Any, in_use: dict[str, bool]) -> None:
             raise ValueError(
                 f"state.{field} must {'not ' if used else ''}be None: this state was made by a "
                 "transformation with other arguments"
+            )
+    for field in ("nu", "mu", "trace"):
+        held = getattr(value, field)
+        if held is not None and isinstance(held, Joined) != (field in joins):
+            raise TypeError(
+                f"state.{field} must be of this storage, got {type(held).__name__}: "
+                "convert.change_storage gives the state of another one"
             )
 
 

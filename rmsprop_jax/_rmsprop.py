@@ -93,7 +93,7 @@ def rmsprop(
         modulus (Optax). nu is then complex where a parameter is. Agreement in sign, for
         cautious, is that of the complex numbers in either case: an acute angle.
       storage: how the slots of the state are held. None for one array each: float32, or float64
-        for float64 parameters.
+        for float64 parameters. :mod:`rmsprop_jax.low_memory` has those of 8 and 16 bits.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``. Its state is an :class:`RMSPropState`.
@@ -202,7 +202,8 @@ def scale_by_rms(
       eps_in_sqrt: whether eps is added inside the root or to it.
       bias_correction: whether s is divided by the sum of the weights of the gradients in it.
       centered: whether s is the variance of the gradient or its second moment.
-      storage: how the slots of the state are held; None for one array each.
+      storage: how the slots of the state are held; None for one array each, or one of
+        :mod:`rmsprop_jax.low_memory`.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` whose state is an :class:`RMSPropState`.

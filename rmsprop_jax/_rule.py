@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from rmsprop_jax import _checks, _equations
-from rmsprop_jax._storage import Slot, is_packed
+from rmsprop_jax._storage import Slot, is_packed, join, split
 
 Scalar = float | jax.Array
 ScalarOrSchedule = Scalar | Callable[[jax.Array], Any]
@@ -27,8 +27,8 @@ class RMSPropState(NamedTuple):
     Attributes:
       count: steps taken, an int32 scalar that stops at its largest value.
       nu: second moment of the gradient, or its variance if centered. A tree like the
-        parameters, placed like them; float32, or float64 for float64 parameters; real, unless
-        the parts of complex numbers are split.
+        parameters, placed like them; float32, or float64 for float64 parameters, unless a storage
+        holds it otherwise; real, unless the parts of complex numbers are split.
       mu: mean of the gradient, if centered. Like nu, but complex where a parameter is complex.
       trace: momentum buffer, if there is momentum. Like mu; the parameters move against it.
       weight_sum: sum of the weights of the gradients in nu, if the bias is corrected. A scalar
@@ -63,24 +63,25 @@ class Rule:
             _checks.parameter(path, param)
         storage = self.variant.storage
 
-        def slots(field: str, value: Scalar) -> Any:
+        def held(field: str, value: Scalar) -> Any:
             real = field == "nu" and not self.variant.split_complex
 
             def slot(path: Any, param: jax.Array) -> Slot:
                 name = _checks.leaf_name(path)
                 return storage.init(param, value, field=field, path=name, real=real)
 
-            return jax.tree_util.tree_map_with_path(slot, params)
+            slots = jax.tree_util.tree_map_with_path(slot, params)
+            return storage.join(slots, field=field)
 
         in_use = self._slots_in_use()
-        nu = slots("nu", self.initial_scale)
-        dtypes = map(storage.dtype, jax.tree.leaves(nu, is_leaf=is_packed))
+        nu = held("nu", self.initial_scale)
+        dtypes = map(storage.dtype, jax.tree.leaves(split(nu), is_leaf=is_packed))
         widest = jnp.result_type(jnp.float32, *dtypes)
         return RMSPropState(
             count=jnp.zeros([], jnp.int32),
             nu=nu,
-            mu=slots("mu", 0.0) if in_use["mu"] else None,
-            trace=slots("trace", 0.0) if in_use["trace"] else None,
+            mu=held("mu", 0.0) if in_use["mu"] else None,
+            trace=held("trace", 0.0) if in_use["trace"] else None,
             weight_sum=jnp.zeros([], widest) if in_use["weight_sum"] else None,
         )
 
@@ -93,15 +94,16 @@ class Rule:
     ) -> tuple[optax.Updates, RMSPropState]:
         del extra_args
         in_use = self._slots_in_use()
-        _checks.state(state, RMSPropState, in_use)
+        storage = self.variant.storage
+        _checks.state(state, RMSPropState, in_use, storage.joins)
         if self.hyper.weight_decay is None:
             params = None
         elif params is None:
             raise ValueError("weight_decay needs the parameters: call update(grads, state, params)")
 
-        trees = {"params": params, "nu": state.nu, "mu": state.mu, "trace": state.trace}
+        slots_of = {field: split(getattr(state, field)) for field in ("nu", "mu", "trace")}
+        trees = {"params": params, **slots_of}
         real = () if self.variant.split_complex else ("nu",)
-        storage = self.variant.storage
         columns, structure = _checks.columns(updates, trees, real=real, dtypes=storage.dtypes)
         # A schedule may mix dtypes as it likes, whatever the user asks of his own code.
         with jax.numpy_dtype_promotion("standard"):
@@ -124,7 +126,8 @@ class Rule:
                 slots.append(new)
 
         def tree_of(field: str) -> Any:
-            return structure.unflatten([getattr(slot, field) for slot in slots])
+            tree = structure.unflatten([getattr(slot, field) for slot in slots])
+            return join(getattr(state, field), tree)
 
         return structure.unflatten(steps), RMSPropState(
             count=_increment(state.count),

@@ -17,7 +17,7 @@ Slot = Any  # an array, or something Packed
 
 
 class Packed(abc.ABC):
-    """A slot that is more than an array: a NamedTuple of arrays, registered as one of these."""
+    """A slot that is more than an array: a NamedTuple, registered as one of these."""
 
     shape: tuple[int, ...]  # that of the parameter
     dtype: jnp.dtype  # that of the values
@@ -31,9 +31,35 @@ class Packed(abc.ABC):
         """A slot of the same form that holds values as well as it can."""
 
 
+class Joined(abc.ABC):
+    """A field of the state with Packed slots: a NamedTuple, registered as one of these.
+
+    It holds trees like the parameters, of arrays that can be sharded like them, and scalars or
+    vectors. So wrappers find in it what they know: they take such trees apart, but no slots.
+    """
+
+    @abc.abstractmethod
+    def split(self) -> Any:
+        """The slots, in a tree like the parameters."""
+
+    @abc.abstractmethod
+    def join(self, slots: Any) -> Any:
+        """The field with other slots, of which some may be its own."""
+
+
 def is_packed(value: Any) -> bool:
     """Whether a node or leaf of a tree of slots is a slot of several arrays."""
     return isinstance(value, Packed)
+
+
+def split(field: Any) -> Any:
+    """The slots of a field of the state, in a tree like the parameters."""
+    return field.split() if isinstance(field, Joined) else field
+
+
+def join(field: Any, slots: Any) -> Any:
+    """A field of the state with other slots."""
+    return field.join(slots) if isinstance(field, Joined) else slots
 
 
 class Draw(NamedTuple):
@@ -62,6 +88,10 @@ class Storage(Protocol):
         """Whether accumulate needs a draw."""
 
     @property
+    def joins(self) -> Collection[str]:
+        """The fields of the state that join makes into something Joined."""
+
+    @property
     def dtypes(self) -> Collection[Any]:
         """The real dtypes that a slot may have."""
 
@@ -73,6 +103,9 @@ class Storage(Protocol):
         Both parts of a complex slot are value. field is the state's: nu never falls below 0, and
         mu must be precise if there is a nu beside it that is a variance. path is the leaf's.
         """
+
+    def join(self, slots: Any, *, field: str) -> Any:
+        """A field of the state from the slots that init has made, in a tree like the parameters."""
 
     def dtype(self, slot: Slot) -> jnp.dtype:
         """The dtype of the arithmetic on a slot's real numbers: float32 or float64."""
@@ -92,6 +125,7 @@ class Float32:
     """One array a slot: float32, or float64 for a float64 parameter."""
 
     draws = False
+    joins = ()
     dtypes = frozenset({jnp.dtype(jnp.float32), jnp.dtype(jnp.float64)})
 
     def init(
@@ -109,6 +143,10 @@ class Float32:
             dtype = jnp.complex128 if wide else jnp.complex64
             value = value * (1 + 1j)
         return full_like(param, value, dtype)
+
+    def join(self, slots: Any, *, field: str) -> Any:
+        del field
+        return slots
 
     def dtype(self, slot: jax.Array) -> jnp.dtype:
         return jnp.finfo(slot.dtype).dtype

@@ -68,6 +68,7 @@ ORDER = [
     "low_memory._blocks",
     "low_memory._bfloat16",
     "low_memory._eight_bit",
+    "low_memory._blocked",
     "low_memory._storages",
     "low_memory",
     "dialects._arguments",

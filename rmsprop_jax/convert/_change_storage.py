@@ -3,10 +3,9 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from rmsprop_jax._rule import RMSPropState, rules_of
-from rmsprop_jax._storage import Slot, is_packed
+from rmsprop_jax._storage import is_packed, join, split
 from rmsprop_jax.convert._state import is_ours, place
 
 
@@ -15,9 +14,9 @@ def change_storage(state: Any, params: Any, tx: Any) -> Any:
 
     From fewer bits to more, and between float32 and float64, values are what they were. To
     ``low_memory.bfloat16`` each is rounded to the nearest, by 2^-9 at most; to ``low_memory.q8``
-    second moments are rounded by 1/16 at most, and raised to 2^-31 of the largest in their block
-    where they are below; values of momentum by 1/16 or 2^-19 of the largest in their block. From q8
-    to q8 with other blocks they are rounded so again.
+    second moments are rounded by 1/16 at most, and raised to some 2^-30 of the largest in their
+    block where they are below; values of momentum are rounded by 1/16, or 2^-15 of the largest in
+    their block. From q8 to q8 with other blocks they are rounded so again.
 
     Args:
       state: of a transformation like tx but for ``storage``: say a float32 run that goes on in 8
@@ -52,27 +51,32 @@ def change_storage(state: Any, params: Any, tx: Any) -> Any:
 
 
 def _changed(state: RMSPropState, template: RMSPropState) -> RMSPropState:
-    old: Any = jax.tree.flatten(state, is_leaf=is_packed)
-    new: Any = jax.tree.flatten(template, is_leaf=is_packed)
-    shapes = [[jnp.shape(slot) for slot in slots] for slots, _ in (old, new)]
-    if old[1] != new[1] or shapes[0] != shapes[1]:
-        raise ValueError(
-            f"state must have the slots of tx: it has {_slots(state)}, of shapes {shapes[0]}; "
-            f"tx {_slots(template)}, of {shapes[1]}"
-        )
-    return jax.tree.unflatten(new[1], map(_moved, old[0], new[0]))
+    fields = [name for name, held in template._asdict().items() if held is not None]
+    has = [name for name, held in state._asdict().items() if held is not None]
+    if has != fields:
+        raise ValueError(f"state must have the fields of tx, {fields}, got {has}")
+    return template._replace(
+        **{name: _moved(getattr(state, name), getattr(template, name)) for name in fields}
+    )
 
 
-def _moved(old: Slot, new: Slot) -> Slot:
-    alike = type(old) is type(new) and jax.tree.map(_form, old) == jax.tree.map(_form, new)
-    if alike:
+def _moved(old: Any, new: Any) -> Any:
+    """What one field holds, in the form of another."""
+    structures: list[Any] = [jax.tree.structure(field) for field in (old, new)]
+    if structures[0] == structures[1] and jax.tree.map(_form, old) == jax.tree.map(_form, new):
         return jax.tree.map(place, new, old)
-    return place(new, old.decode() if is_packed(old) else old)
+    sources: Any = jax.tree.flatten(split(old), is_leaf=is_packed)
+    targets: Any = jax.tree.flatten(split(new), is_leaf=is_packed)
+    shapes = [[slot.shape for slot in slots] for slots, _ in (sources, targets)]
+    if sources[1] != targets[1] or shapes[0] != shapes[1]:
+        raise ValueError(
+            f"state must be of the parameters: it has slots of shapes {shapes[0]} in "
+            f"{sources[1]}, tx of {shapes[1]} in {targets[1]}"
+        )
+    values = [slot.decode() if is_packed(slot) else slot for slot in sources[0]]
+    slots = map(place, targets[0], values)
+    return join(new, jax.tree.unflatten(targets[1], slots))
 
 
 def _form(array: jax.Array) -> tuple[Any, ...]:
     return array.shape, array.dtype
-
-
-def _slots(state: RMSPropState) -> list[str]:
-    return [name for name, slot in state._asdict().items() if slot is not None]

@@ -10,7 +10,7 @@ from jax.tree_util import tree_map_with_path
 import numpy as np
 
 from rmsprop_jax._rule import RMSPropState, Rule, rules_of
-from rmsprop_jax._storage import Slot, is_packed
+from rmsprop_jax._storage import Slot, is_packed, join, split
 from rmsprop_jax.convert._mapping import (
     Leaf,
     LeafMapping,
@@ -86,12 +86,11 @@ def to_ours(foreign: Foreign, params: Any, mapping: LeafMapping, tx: Any) -> Any
             value = _slot(field, entry, leaves[where], old, foreign.weight_sum or 1.0)
             return place(old, value * scale if field == "trace" else value)
 
-        trees = {
-            field: tree_map_with_path(
-                functools.partial(slot, field), getattr(state, field), is_leaf=is_packed
-            )
-            for field in ("nu", "mu", "trace")
-        }
+        trees = {}
+        for field in ("nu", "mu", "trace"):
+            held = getattr(state, field)
+            fill_slot = functools.partial(slot, field)
+            trees[field] = join(held, tree_map_with_path(fill_slot, split(held), is_leaf=is_packed))
         weight_sum = state.weight_sum
         if weight_sum is not None:
             weight_sum = place(weight_sum, np.asarray(foreign.weight_sum))
@@ -127,7 +126,7 @@ def to_theirs(
 
     slots: dict[str, dict[str, np.ndarray]] = {"nu": {}, "mu": {}, "trace": {}}
     for one in ours:
-        s, m, b = (by_path(getattr(one, field)) for field in slots)
+        s, m, b = (by_path(split(getattr(one, field))) for field in slots)
         for path, held in s.items():
             if path in slots["nu"]:
                 raise ValueError(f"state has {path!r} twice")

@@ -1,5 +1,6 @@
 """Blocks along the last axis: how long they are, and whether they fit the shards."""
 
+import functools
 import math
 from typing import Any
 
@@ -27,16 +28,19 @@ def view_of(shape: tuple[int, ...], block: int) -> tuple[int, ...]:
     return (*shape[:-1], shape[-1] // block, block // window, window)
 
 
+def fits(param: Any, block: int) -> bool:
+    """Whether blocks divide the shards of an array, as far as its sharding is known."""
+    return _shard(param) % block == 0
+
+
 def check_shards(param: Any, block: int, asked: int, path: str) -> None:
-    """Refuses blocks that do not fit the shards of a parameter, where its sharding is known."""
-    typed = jax.typeof(param) if isinstance(param, jax.core.Tracer) else param
-    sharding = getattr(typed, "sharding", None)
-    if sharding is None:
+    """Refuses blocks that do not fit, and says which do."""
+    if fits(param, block):
         return
-    n, shard = param.shape[-1], sharding.shard_shape(param.shape)[-1]
-    if shard % block == 0:
-        return
-    fitting = [b for b in range(n, 0, -1) if shard % block_of(n, b) == 0]
+    n, shard = param.shape[-1], _shard(param)
+    # Between these, more or less makes no other blocks.
+    tries = {b for d in _divisors(n) for b in (d, 2 * d - 1, 2 * d)}
+    fitting = [b for b in tries if shard % block_of(n, b) == 0]
     best = min(fitting, key=lambda b: abs(math.log(block_of(n, b) / asked)))
     raise ValueError(
         f"q8: the last axis of parameter {path!r}, of shape {param.shape}, is sharded in pieces of "
@@ -45,6 +49,17 @@ def check_shards(param: Any, block: int, asked: int, path: str) -> None:
     )
 
 
+def _shard(param: Any) -> int:
+    """How much of its last axis a device has."""
+    typed = jax.typeof(param) if isinstance(param, jax.core.Tracer) else param
+    sharding = getattr(typed, "sharding", None)
+    mapped = getattr(getattr(sharding, "mesh", None), "manual_axes", ())
+    if sharding is None or mapped:  # the shape is a shard's already
+        return param.shape[-1]
+    return sharding.shard_shape(param.shape)[-1]
+
+
+@functools.cache
 def _divisors(n: int) -> list[int]:
     small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
     return sorted({*small, *(n // d for d in small)})

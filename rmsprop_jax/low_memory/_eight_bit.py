@@ -28,7 +28,7 @@ from rmsprop_jax.low_memory._random import random_bits
 _CUT = 20  # bits of a float32 below the sign, the 8 of the exponent, and 3 of the rest
 _STEPS = 8  # numbers an octave
 _LARGEST = float(jnp.finfo(jnp.float32).max)
-_DTYPES = [("uint8", "uint8", "float32"), ("int8", "uint8", "float32")]
+_DTYPES = [["uint8", "uint8", "float32"], ["int8", "uint8", "float32"]]
 
 
 @Packed.register
@@ -39,12 +39,14 @@ class EightBit(NamedTuple):
       codes: uint8 if no value is negative, int8 otherwise; the parameter's shape.
       exponents: uint8, one a block: the last axis is shorter. The exponent of a float32 number
         that no number of the block exceeds.
-      scale: float32 scalar in [1, 2).
+      scales: float32 in [1, 2), one for each leaf.
+      leaf: which of them is this leaf's.
     """
 
     codes: jax.Array
     exponents: jax.Array
-    scale: jax.Array
+    scales: jax.Array
+    leaf: Any
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -53,32 +55,40 @@ class EightBit(NamedTuple):
     @property
     def dtype(self) -> jnp.dtype:
         """That of the values."""
-        found = (self.codes.dtype, self.exponents.dtype, self.scale.dtype)
+        found = [array.dtype.name for array in (self.codes, self.exponents, self.scales)]
         if found not in _DTYPES:
-            raise TypeError(f"codes, exponents and scale must be of dtypes {_DTYPES}, got {found}")
-        return found[-1]
+            raise TypeError(f"codes, exponents and scales must be of dtypes {_DTYPES}, got {found}")
+        return self.scales.dtype
 
     def decode(self) -> jax.Array:
-        return clip(self.scale * _numbers(self), _LARGEST).reshape(self.shape)
+        return clip(self.scales[self.leaf] * _numbers(self), _LARGEST).reshape(self.shape)
 
     def encode(self, values: Any) -> "EightBit":
         """Each value rounded to the nearest number; what is not finite, or not allowed, to 0."""
         values = jnp.asarray(values, jnp.float32)
         values = jnp.where(jnp.isfinite(values), values, 0)
-        a = values if _signed(self) else jnp.maximum(values, 0)
-        half = jnp.int32(1 << (_CUT - 1))
-        return _rounded(self, a.reshape(_view(self)), _max(abs(a.reshape(_view(self)))), half)
+        a = (values if _signed(self) else jnp.maximum(values, 0)).reshape(_view(self))
+        ones = self._replace(scales=jnp.ones_like(self.scales))
+        return _rounded(ones, a, _max(abs(a)), jnp.int32(1 << (_CUT - 1)))
 
 
 def eight_bit_like(param: jax.Array, value: Any, block: int, *, signed: bool) -> EightBit:
     """A slot full of value, which it holds exactly, placed like param; signed ones start at 0."""
     code, exponent, scale = _constant(jnp.asarray(0 if signed else value, jnp.float32))
     codes = full_like(param, code, jnp.int8 if signed else jnp.uint8)
-    if isinstance(param, jax.core.Tracer):
-        blocks = jnp.min(codes.reshape(view_of(param.shape, block)), (-2, -1))
-        return EightBit(codes, full_like(blocks, exponent, jnp.uint8), scale)
-    shape = (*codes.shape[:-1], codes.shape[-1] // block)
-    return EightBit(codes, _placed(exponent, shape, codes), _placed(scale, (), codes))
+    return EightBit(codes, per_block(param, block, exponent), scale[None], 0)
+
+
+def per_block(like: Any, block: int, value: Any) -> jax.Array:
+    """An array of uint8 full of value, of a number a block, placed like another."""
+    if block == 1:
+        return full_like(like, value, jnp.uint8)
+    if isinstance(like, jax.core.Tracer):
+        zeros = full_like(like, 0, jnp.float32).reshape(view_of(like.shape, block))
+        return full_like(jnp.min(zeros, (-2, -1)), value, jnp.uint8)
+    shape = (*like.shape[:-1], like.shape[-1] // block)
+    placed = isinstance(like, jax.Array) and like.committed  # or as free to move
+    return jnp.full(shape, value, jnp.uint8, device=like.sharding if placed else None)
 
 
 def accumulate_eight_bit(
@@ -91,7 +101,8 @@ def accumulate_eight_bit(
 ) -> tuple[jax.Array, EightBit]:
     """The product decay * slot, and the slot with term, where it is finite, added to it."""
     view = _view(slot)
-    power, scale = _split(decay * slot.scale)
+    powers, scales = _split(decay * slot.scales)
+    power, scale = powers[slot.leaf], scales[slot.leaf]
     a, term = power * _numbers(slot), term.reshape(view)
     if bound is not None:
         a = clip(a, bound / 2)
@@ -99,7 +110,7 @@ def accumulate_eight_bit(
     most = _decode(_max(abs(slot.codes.reshape(view))), slot.exponents[..., None, None])
     top = power * most + _largest(term) / scale
     kept = settled(jnp.where(jnp.isfinite(term), term, 0) * (1 / scale), zero)
-    new = _rounded(slot._replace(scale=scale), a + kept, top, random_bits(key, view, _CUT))
+    new = _rounded(slot._replace(scales=scales), a + kept, top, random_bits(key, view, _CUT))
     return settled(scale * a, zero).reshape(slot.shape), new
 
 
@@ -154,16 +165,6 @@ def _constant(value: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     first = _STEPS * (exponent - 31)
     code = jnp.clip((_bits(power) >> _CUT) - first, jnp.minimum(_bits(power), 1), 255)
     return code.astype(jnp.uint8), exponent.astype(jnp.uint8), scale
-
-
-def _placed(value: jax.Array, shape: tuple[int, ...], like: jax.Array) -> jax.Array:
-    """An array of another shape where like is, and as free to move; sharded alike if it can."""
-    sharding = like.sharding
-    if not like.committed:
-        return jnp.full(shape, value)
-    if isinstance(sharding, jax.sharding.NamedSharding) and not shape:
-        sharding = sharding.update(spec=jax.sharding.PartitionSpec())
-    return jnp.full(shape, value, device=sharding)
 
 
 def _max(a: jax.Array) -> jax.Array:

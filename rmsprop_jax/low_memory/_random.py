@@ -3,6 +3,7 @@
 The places are counted over the whole array, so the bits are the same however it is sharded.
 """
 
+import math
 import zlib
 
 import jax
@@ -51,7 +52,4 @@ def _word(seed: int) -> np.uint32:
 
 def _strides(shape: tuple[int, ...]) -> list[int]:
     """The distance in memory of neighbours along each axis, modulo 2^32."""
-    strides = [1]
-    for size in shape[:0:-1]:
-        strides.append(strides[-1] * size % 2**32)
-    return strides[::-1]
+    return [math.prod(shape[axis + 1 :]) % 2**32 for axis in range(len(shape))]

@@ -3,6 +3,7 @@
 import abc
 from collections.abc import Callable, Collection
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from rmsprop_jax._arrays import settled
 from rmsprop_jax._storage import FLOAT32, Draw, Slot, Storage, full_like
 from rmsprop_jax.low_memory._bfloat16 import accumulate_bfloat16
+from rmsprop_jax.low_memory._blocked import blocked
 from rmsprop_jax.low_memory._blocks import block_of, check_shards
 from rmsprop_jax.low_memory._eight_bit import EightBit, accumulate_eight_bit, eight_bit_like
 from rmsprop_jax.low_memory._random import AxisName, random_key
@@ -29,6 +31,10 @@ class LowMemory(abc.ABC):
         return True
 
     @property
+    def joins(self) -> Collection[str]:
+        return ()
+
+    @property
     def dtypes(self) -> Collection[Any]:
         return FLOAT32.dtypes | {jnp.dtype(jnp.bfloat16)}
 
@@ -36,7 +42,8 @@ class LowMemory(abc.ABC):
         self, param: jax.Array, value: Any, *, field: str, path: str, real: bool = False
     ) -> Slot:
         exempt = self.exempt is not None and self.exempt(path)
-        if exempt or jnp.iscomplexobj(param) or jnp.ndim(param) == 0 or jnp.size(param) == 0:
+        shape = getattr(param, "shape", ())
+        if exempt or jnp.iscomplexobj(param) or not shape or 0 in shape:
             return FLOAT32.init(param, value, real=real)
         return self._small(param, value, field, path)
 
@@ -44,8 +51,13 @@ class LowMemory(abc.ABC):
     def _small(self, param: jax.Array, value: Any, field: str, path: str) -> Slot:
         """A slot of a leaf that may be held in fewer bits."""
 
+    def join(self, slots: Any, *, field: str) -> Any:
+        del field
+        return slots
+
     def dtype(self, slot: Slot) -> jnp.dtype:
-        return jnp.promote_types(jnp.finfo(slot.dtype).dtype, jnp.float32)
+        real = jnp.finfo(slot.dtype).dtype
+        return jnp.dtype(jnp.float32) if real == jnp.bfloat16 else real
 
     def accumulate(
         self,
@@ -91,13 +103,20 @@ class Q8(LowMemory):
     min_size: int
 
     def _small(self, param: jax.Array, value: Any, field: str, path: str) -> Slot:
-        if param.size < self.min_size:
+        if math.prod(param.shape) < self.min_size:
             return FLOAT32.init(param, value)
         if field == "mu":  # a variance beside it would be of the error of 8 bits
             return full_like(param, value, jnp.bfloat16)
         block = block_of(param.shape[-1], self.block)
         check_shards(param, block, self.block, path)
         return eight_bit_like(param, value, block, signed=field != "nu")
+
+    @property
+    def joins(self) -> Collection[str]:
+        return "nu", "trace"
+
+    def join(self, slots: Any, *, field: str) -> Any:
+        return blocked(slots, self.block) if field in self.joins else slots
 
 
 def q8(
@@ -123,8 +142,8 @@ def q8(
       rule, at .9 .08), that of its root, and so of the update, some 10%. The mean update is 1 to
       2% longer.
     - Where no gradient arrives, second moments and momentum decay exactly.
-    - What is not 0 never becomes 0: a second moment below 2^-31 of the largest in its block becomes
-      that, so that the update is too short, never too long. After one gradient of 1e8 among
+    - What is not 0 never becomes 0: a second moment below some 2^-30 of the largest in its block
+      becomes that, so that the update is too short, never too long. After one gradient of 1e8 among
       gradients of size 1 the updates of its block are too short, at first by a factor of 100 or
       more, until it has decayed: hundreds of steps at .9, more at larger decays. Clip gradients
       where this can happen.
@@ -144,8 +163,9 @@ def q8(
       axis_name: of the axes of ``pmap`` or ``shard_map`` over which every leaf is sharded.
 
     Returns:
-      A storage. A slot of 8 bits is a NamedTuple of ``codes`` of the parameter's shape, unsigned
-      for second moments, signed for momentum; ``exponents``, one a block; and a ``scale``.
+      A storage. ``nu`` and ``trace`` of the state are NamedTuples of ``codes``, a tree like the
+      parameters, in uint8 or int8, or float32 where a leaf is; ``exponents``, a tree with one
+      number a block; and ``scales``, a vector with one for each leaf.
       ``init`` raises ValueError if blocks do not fit the shards of a leaf, where its sharding is
       known: eagerly, and in ``jit`` under an ``Explicit`` mesh. Under an ``Auto`` mesh such blocks
       cost communication.
@@ -160,9 +180,11 @@ def q8(
       >>> params = {"kernel": jnp.ones((512, 1024)), "bias": jnp.ones(1024)}
       >>> tx = rmsprop(1e-3, momentum=0.9, storage=low_memory.q8())
       >>> state = tx.init(params)
-      >>> kernel = [state.nu["kernel"], state.trace["kernel"]]
-      >>> sum(array.nbytes for array in jax.tree.leaves(kernel)) / params["kernel"].size
-      2.0156402587890625
+      >>> held = sum(array.nbytes for array in jax.tree.leaves(state))
+      >>> print(f"{held / (512 * 1024 + 1024):.2f} bytes a parameter")
+      2.03 bytes a parameter
+      >>> state.nu.codes["kernel"].dtype, state.nu.codes["bias"].dtype
+      (dtype('uint8'), dtype('float32'))
 
     Sources: blocks with a shared scale for optimizer states, Dettmers et al., arXiv:2110.02861,
     2021; rounding at random, Gupta et al., arXiv:1502.02551, 2015. The code is our own.
