@@ -8,6 +8,7 @@ is handed out only if its sha256 is the one in the table below.
 """
 
 import contextlib
+import gzip
 import hashlib
 import http.client
 import os
@@ -30,11 +31,38 @@ class DataSet(NamedTuple):
     sha256: str
 
 
+_ZALANDO = "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion"
+
 DATA_SETS = {
     "airfoil": DataSet(
         "airfoil_self_noise.dat",
         "https://archive.ics.uci.edu/ml/machine-learning-databases/00291/airfoil_self_noise.dat",
         "74c75fd71783f1e6b71f8a622b993dc592897a97cd689c5090a07147a1b097b3",
+    ),
+    "fashion_mnist_train_images": DataSet(
+        "fashion-mnist/train-images-idx3-ubyte.gz",
+        f"{_ZALANDO}/train-images-idx3-ubyte.gz",
+        "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
+    ),
+    "fashion_mnist_train_labels": DataSet(
+        "fashion-mnist/train-labels-idx1-ubyte.gz",
+        f"{_ZALANDO}/train-labels-idx1-ubyte.gz",
+        "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
+    ),
+    "fashion_mnist_test_images": DataSet(
+        "fashion-mnist/t10k-images-idx3-ubyte.gz",
+        f"{_ZALANDO}/t10k-images-idx3-ubyte.gz",
+        "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
+    ),
+    "fashion_mnist_test_labels": DataSet(
+        "fashion-mnist/t10k-labels-idx1-ubyte.gz",
+        f"{_ZALANDO}/t10k-labels-idx1-ubyte.gz",
+        "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
+    ),
+    "tiny_shakespeare": DataSet(
+        "tinyshakespeare/input.txt",
+        "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+        "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
     ),
 }
 
@@ -52,6 +80,37 @@ def airfoil() -> NDArray[np.float32]:
     displacement thickness (m); and what is to be predicted, the sound pressure level (dB).
     """
     return np.loadtxt(path("airfoil"), dtype=np.float32, delimiter="\t")
+
+
+class FashionMNIST(NamedTuple):
+    """Grey images, uint8 from 0 to 255 of shape (n, 28, 28), and their labels, uint8 of (n,)."""
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.uint8]
+    test_images: NDArray[np.uint8]
+    test_labels: NDArray[np.uint8]
+
+
+def fashion_mnist() -> FashionMNIST:
+    """Zalando's pictures of clothes: 60,000 to train on and 10,000 to test on, in ten classes.
+
+    T-shirt, trouser, pullover, dress, coat, sandal, shirt, sneaker, bag and ankle boot are 0 to 9.
+    """
+    parts = ("train_images", "train_labels", "test_images", "test_labels")
+    return FashionMNIST(*(_idx(path(f"fashion_mnist_{part}")) for part in parts))
+
+
+def tiny_shakespeare() -> str:
+    """1,115,394 characters of Shakespeare's plays, 65 different ones, all of them ASCII."""
+    return path("tiny_shakespeare").read_text("ascii")
+
+
+def _idx(file: Path) -> NDArray[np.uint8]:
+    """The array of bytes in a gzipped IDX file: after its rank come its sizes, 4 bytes each."""
+    content = gzip.decompress(file.read_bytes())
+    rank = content[3]
+    shape = np.frombuffer(content, ">i4", count=rank, offset=4)
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * rank).reshape(shape)
 
 
 def path(name: str) -> Path:

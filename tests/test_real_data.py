@@ -1,6 +1,7 @@
 """The loader of the examples' data, against a server of this machine that serves as told."""
 
 import contextlib
+import gzip
 import hashlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import os
@@ -210,6 +211,47 @@ def test_airfoil_reads_rows_of_tabs_that_end_in_carriage_returns(cache, tmp_path
     np.testing.assert_array_equal(rows, np.float32(expected))
 
 
+def in_folder(monkeypatch, folder, name, content):
+    """Puts a file of a data set's name in a folder of data."""
+    file = folder / real_data.DATA_SETS[name].file
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(content)
+    data_set = real_data.DATA_SETS[name]._replace(sha256=hashlib.sha256(content).hexdigest())
+    monkeypatch.setitem(real_data.DATA_SETS, name, data_set)
+    monkeypatch.setenv("RMSPROP_JAX_DATA", str(folder))
+
+
+def test_fashion_mnist_reads_its_four_files(cache, tmp_path, monkeypatch):
+    """Written byte by byte as the format has it: 0, 0, type, rank, sizes, values in C order."""
+    expected = []
+    for part, count in (("train", 3), ("test", 2)):
+        images = np.arange(count * 28 * 28).reshape(count, 28, 28).astype(np.uint8)
+        content = bytes([0, 0, 8, 3, 0, 0, 0, count, 0, 0, 0, 28, 0, 0, 0, 28]) + images.tobytes()
+        in_folder(
+            monkeypatch, tmp_path, f"fashion_mnist_{part}_images", gzip.compress(content, mtime=0)
+        )
+        labels = np.arange(7, 7 + count, dtype=np.uint8)
+        content = bytes([0, 0, 8, 1, 0, 0, 0, count]) + labels.tobytes()
+        in_folder(
+            monkeypatch, tmp_path, f"fashion_mnist_{part}_labels", gzip.compress(content, mtime=0)
+        )
+        expected += [images, labels]
+    for array, right in zip(real_data.fashion_mnist(), expected, strict=True):
+        assert array.dtype == np.uint8
+        np.testing.assert_array_equal(array, right)
+
+
+def test_tiny_shakespeare_is_the_text_as_it_stands(cache, tmp_path, monkeypatch):
+    in_folder(monkeypatch, tmp_path, "tiny_shakespeare", b"First Citizen:\nSpeak.\n\n")
+    assert real_data.tiny_shakespeare() == "First Citizen:\nSpeak.\n\n"
+
+
+def test_files_of_data_sets_and_their_homes_are_different():
+    for column in zip(*real_data.DATA_SETS.values(), strict=True):
+        assert len(set(column)) == len(real_data.DATA_SETS)
+    assert all(data_set.url.startswith("https://") for data_set in real_data.DATA_SETS.values())
+
+
 if os.environ.get("RMSPROP_JAX_DATA"):
 
     def test_the_real_airfoil_file_has_1503_measurements():
@@ -220,3 +262,19 @@ if os.environ.get("RMSPROP_JAX_DATA"):
         # The ranges that its description gives: frequency, angle, chord, velocity.
         assert rows[:, :4].min(axis=0) == pytest.approx([200, 0, 0.0254, 31.7])
         assert rows[:, :4].max(axis=0) == pytest.approx([20000, 22.2, 0.3048, 71.3])
+
+    def test_the_real_fashion_mnist_has_as_many_images_of_each_class():
+        data = real_data.fashion_mnist()
+        assert data.images.shape == (60_000, 28, 28)
+        assert data.test_images.shape == (10_000, 28, 28)
+        assert np.bincount(data.labels).tolist() == [6000] * 10
+        assert np.bincount(data.test_labels).tolist() == [1000] * 10
+        # The mean and deviation of a pixel that are given wherever the set is normalized.
+        assert (data.images / 255).mean() == pytest.approx(0.2860, abs=5e-5)
+        assert (data.images / 255).std() == pytest.approx(0.3530, abs=5e-5)
+
+    def test_the_real_tiny_shakespeare_has_65_characters():
+        text = real_data.tiny_shakespeare()
+        assert len(text) == 1_115_394
+        assert len(set(text)) == 65
+        assert text.startswith("First Citizen:\nBefore we proceed any further, hear me speak.")

@@ -1,0 +1,489 @@
+"""Does training with a small state end where it ends in float32? Test losses, paired by seed.
+
+    python benchmarks/low_memory_quality.py            # writes results/low_memory_quality.json
+    python benchmarks/low_memory_quality.py --quick    # only shows that it runs, writes nothing
+
+In each task every method starts a seed from the same parameters and sees the same batches. What is
+compared is the loss on the whole test set after the last step, as a ratio to that of float32 for
+the same seed, less 1: its mean over the seeds, with the 95% interval of Student's t. A method
+trains like float32 if that interval lies within -3% to 3%. The margin is the same for all tasks and
+was fixed before any method had been run: losses that differ by less are what another seed or a
+slightly different learning rate would give too. It has two sides, so a method whose loss is lower
+can fail: its steps are not those of float32. The learning rates are those that were best in float32
+among a few, on other seeds than the ones reported; they fall linearly to 0.
+
+Three methods are not ours. The two negative controls must fail somewhere, or the comparison could
+not tell good from bad: bfloat16 rounded to the nearest, where an average stands still once a step
+changes it by less than half the distance to its neighbour, and 8 bits always rounded up, where it
+never falls. The third is the rule of bitsandbytes' RMSprop8bit on a GPU, after its source, version
+0.50.2 (``functional.create_dynamic_map``, ``optim/optimizer.py``, ``csrc/kernels.cu``): second
+moments only, in leaves of 4096 elements or more; codes of 8 bits for the nearest number of a table
+with signs, of which second moments use half; blocks of 256 in the order of memory, each with its
+largest number in float32; and the step is taken before rounding. All methods have eps 1e-8 outside
+the root and decay .99, the defaults there, but for the regression, whose decay is .999.
+"""
+
+import argparse
+import collections
+from collections.abc import Callable, Iterable, Sequence
+import dataclasses
+import functools
+from pathlib import Path
+import re
+import sys
+from typing import Any, NamedTuple
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+import optax
+from scipy import stats
+from tqdm import tqdm
+
+import _timing
+from rmsprop_jax import low_memory, rmsprop
+from rmsprop_jax._storage import (
+    FLOAT32,
+    Draw,
+    Float32,
+    Packed,
+    Slot,
+    Storage,
+    full_like,
+    is_packed,
+    split,
+)
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+import real_data
+
+MARGIN = 0.03
+SEEDS = range(10, 30)  # those below were for choosing learning rates
+BLOCK = 256  # numbers that share a scale
+MIN_SIZE = 4096  # leaves of fewer elements stay in float32, as in q8
+
+Params = Any
+Row = dict[str, Any]
+Rows = tuple[NDArray[Any], NDArray[Any]]  # inputs and targets, of one length
+
+
+class Rounded(Float32):
+    """A storage that adds in float32, and rounds what it keeps of the sum."""
+
+    dtypes = FLOAT32.dtypes | {jnp.dtype(jnp.bfloat16)}
+
+    def decode(self, slot: Slot) -> jax.Array:
+        """The values of a slot, in float32."""
+        raise NotImplementedError
+
+    def encode(self, value: jax.Array) -> Slot:
+        """The slot that holds values, rounded."""
+        raise NotImplementedError
+
+    def dtype(self, slot: Slot) -> jnp.dtype:  # noqa: ARG002
+        """Float32, whatever is stored."""
+        return jnp.dtype(jnp.float32)
+
+    def accumulate(
+        self,
+        slot: Slot,
+        decay: jax.Array,
+        term: jax.Array,
+        bound: float | None = None,
+        draw: Draw | None = None,  # noqa: ARG002
+    ) -> tuple[jax.Array, Slot]:
+        """The sum as it is, and rounded."""
+        if isinstance(slot, jax.Array) and slot.dtype == jnp.float32:
+            return FLOAT32.accumulate(slot, decay, term, bound)
+        value, _ = FLOAT32.accumulate(self.decode(slot), decay, term, bound)
+        return value, self.encode(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Nearest(Rounded):
+    """Every slot in bfloat16, rounded to the nearest."""
+
+    def init(self, param: jax.Array, value: Any, **_: Any) -> jax.Array:
+        """A slot full of value."""
+        return full_like(param, value, jnp.bfloat16)
+
+    def decode(self, slot: jax.Array) -> jax.Array:
+        """Without loss."""
+        return slot.astype(jnp.float32)
+
+    def encode(self, value: jax.Array) -> jax.Array:
+        """Each number rounded to the nearest, halves to the even one."""
+        return value.astype(jnp.bfloat16)
+
+
+@Packed.register
+class Coded(NamedTuple):
+    """Places in a table, uint8 of the parameter's shape, and a float32 scale for each block."""
+
+    codes: jax.Array
+    scales: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the parameter."""
+        return self.codes.shape
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """That of the values."""
+        return self.scales.dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Table(Rounded):
+    """Second moments as numbers of a table from 0 to 1, times a scale for each block of 256.
+
+    Either the nearest number, times the largest of the block; or the next one up, times a power of
+    two, so that what lies in the table stays what it was whatever its neighbours do.
+    """
+
+    numbers: tuple[float, ...]
+    up: bool
+
+    def init(self, param: jax.Array, value: Any, *, field: str = "nu", **_: Any) -> Slot:
+        """A slot full of value; in float32 if it is no second moment, or of a small leaf."""
+        wide = FLOAT32.init(param, value)
+        return self.encode(wide) if field == "nu" and param.size >= MIN_SIZE else wide
+
+    def decode(self, slot: Coded) -> jax.Array:
+        """Number times scale."""
+        values = jnp.asarray(self.numbers, jnp.float32)[_blocks(slot.codes)]
+        return _unblocked(values * slot.scales[:, None], slot.shape)
+
+    def encode(self, value: jax.Array) -> Coded:
+        """The nearest number of the table, of two as near the lower one, or the next one up."""
+        x = _blocks(value)
+        scales = jnp.max(x, axis=1)
+        if self.up:
+            scales = jnp.ldexp(jnp.float32(1), jnp.frexp(scales)[1])
+        x = x / jnp.where(scales > 0, scales, 1)[:, None]
+        numbers = np.array(self.numbers, np.float32)
+        edges = numbers[:-1] if self.up else (numbers[:-1] + numbers[1:]) / 2
+        codes = jnp.searchsorted(jnp.asarray(edges), x, method="scan_unrolled")
+        return Coded(_unblocked(codes.astype(jnp.uint8), value.shape), scales)
+
+
+def _blocks(x: jax.Array) -> jax.Array:
+    """The elements in the order of memory, in rows of 256, the last filled up with zeros."""
+    return jnp.pad(x.ravel(), (0, -x.size % BLOCK)).reshape(-1, BLOCK)
+
+
+def _unblocked(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return x.ravel()[: np.prod(shape)].reshape(shape)
+
+
+def dynamic_map() -> tuple[float, ...]:
+    """Bitsandbytes' numbers that are not negative, 129 of its 256.
+
+    In the decade that ends at 10^-k there are 2^(6 - k): the middles of as many equal parts.
+    """
+    numbers = [0.0, 1.0]
+    for k in range(7):
+        ends = np.linspace(0.1, 1, 2 ** (6 - k) + 1)
+        numbers += list((ends[:-1] + ends[1:]) / 2 * 10.0**-k)
+    return tuple(sorted(numbers))
+
+
+def four_bits() -> tuple[float, ...]:
+    """The numbers of 4 significant bits in the 31 octaves below 1, with 0 and 1."""
+    return (0.0, *(j / 16 * 2.0**-k for k in range(30, -1, -1) for j in range(8, 16)), 1.0)
+
+
+METHODS: dict[str, Storage] = {
+    "float32": FLOAT32,
+    "`low_memory.q8()`": low_memory.q8(min_size=MIN_SIZE),
+    "`low_memory.bfloat16()`": low_memory.bfloat16(),
+    "bitsandbytes' 8 bits, emulated": Table(dynamic_map(), up=False),
+    "control: bfloat16, nearest": Nearest(),
+    "control: 8 bits, up": Table(four_bits(), up=True),
+}
+
+
+class Task(NamedTuple):
+    """What is trained, on what, and how."""
+
+    name: str
+    init: Callable[[int], Params]  # from a seed
+    loss: Callable[..., jax.Array]  # of parameters, inputs and targets
+    train: Rows
+    test: Rows
+    steps: int
+    batch: int
+    learning_rate: float
+    decay: float = 0.99
+    momentum: float | None = None
+
+
+class Convolutions(nnx.Module):
+    """Two convolutions of stride 2 and two dense layers: ten logits from images of 28 x 28."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.conv1 = nnx.Conv(1, 16, (5, 5), strides=2, rngs=rngs)
+        self.conv2 = nnx.Conv(16, 32, (3, 3), strides=2, rngs=rngs)
+        self.fc1 = nnx.Linear(7 * 7 * 32, 64, rngs=rngs)
+        self.fc2 = nnx.Linear(64, 10, rngs=rngs)
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """From (n, 28, 28), 0 to 255, to (n, 10)."""
+        x = nnx.relu(self.conv1(images[..., None] / 255.0))
+        x = nnx.relu(self.conv2(x))
+        return self.fc2(nnx.relu(self.fc1(x.reshape(len(x), -1))))
+
+
+class Characters(nnx.Module):
+    """An LSTM that predicts the character after each."""
+
+    width = 96
+
+    def __init__(self, characters: int, rngs: nnx.Rngs) -> None:
+        self.embed = nnx.Embed(characters, 64, rngs=rngs)
+        self.lstm = nnx.RNN(nnx.OptimizedLSTMCell(64, self.width, rngs=rngs), rngs=rngs)
+        self.out = nnx.Linear(self.width, characters, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """From (n, length) to (n, length, characters)."""
+        zeros = jnp.zeros((len(x), self.width))
+        return self.out(self.lstm(self.embed(x), initial_carry=(zeros, zeros)))
+
+
+class Words(nnx.Module):
+    """Embeddings of some words side by side, a hidden layer, logits of the next word."""
+
+    def __init__(self, words: int, before: int, rngs: nnx.Rngs) -> None:
+        self.embed = nnx.Embed(words, 64, rngs=rngs)
+        self.hidden = nnx.Linear(64 * before, 64, rngs=rngs)
+        self.out = nnx.Linear(64, words, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """From (n, before) to (n, words)."""
+        return self.out(nnx.tanh(self.hidden(self.embed(x).reshape(len(x), -1))))
+
+
+def classifier(make: Callable[[nnx.Rngs], nnx.Module]) -> tuple[Any, Any]:
+    """The init and the loss, a mean cross-entropy in nats, of a model that returns logits."""
+    graph, _, rest = nnx.split(make(nnx.Rngs(0)), nnx.Param, ...)  # type: ignore[misc] # of flax
+
+    def init(seed: int) -> Params:
+        return nnx.state(make(nnx.Rngs(seed)), nnx.Param)
+
+    def loss(params: Params, x: jax.Array, y: jax.Array) -> jax.Array:
+        logits = nnx.merge(graph, params, rest)(x)
+        labels = y.astype(jnp.int32)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    return init, loss
+
+
+def clothes(data: real_data.FashionMNIST) -> Task:
+    """Images in ten classes; the one task with momentum, which q8 holds in 8 bits, too."""
+    train, test = (data.images, data.labels), (data.test_images, data.test_labels)
+    return Task(
+        "CNN, Fashion-MNIST", *classifier(Convolutions), train, test, 500, 64, 5e-4, momentum=0.9
+    )
+
+
+def characters(text: str) -> Task:
+    """The next character, 32 times in a row."""
+    known, codes = np.unique(np.frombuffer(text.encode(), np.uint8), return_inverse=True)
+    train, test = windows(codes.astype(np.uint8), 33)
+    return Task(
+        "LSTM, characters of tiny Shakespeare",
+        *classifier(functools.partial(Characters, len(known))),
+        (train[:, :-1], train[:, 1:]),
+        (test[:, :-1], test[:, 1:]),
+        steps=400,
+        batch=16,
+        learning_rate=1e-2,
+    )
+
+
+def words(text: str, size: int = 3000) -> Task:
+    """The word after three, among the most frequent: most rows of the table get no gradient."""
+    found = re.findall(r"[a-z']+|[^\sa-z']", text.lower())
+    frequent = [word for word, _ in collections.Counter(found).most_common(size - 1)]
+    number = {word: i for i, word in enumerate(frequent, start=1)}  # 0 is for all others
+    train, test = windows(np.array([number.get(word, 0) for word in found]), 4)
+    return Task(
+        "embeddings, words of tiny Shakespeare",
+        *classifier(functools.partial(Words, size, 3)),
+        (train[:, :-1], train[:, -1]),
+        (test[:, :-1], test[:, -1]),
+        steps=600,
+        batch=64,
+        learning_rate=1e-2,
+    )
+
+
+def windows(codes: NDArray[Any], length: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Runs of a text: from each place of its first nine tenths; side by side in the last."""
+    split = len(codes) * 9 // 10
+    train = np.lib.stride_tricks.sliding_window_view(codes[:split], length)
+    test = np.lib.stride_tricks.sliding_window_view(codes[split:], length)[::length]
+    return train, test
+
+
+def regression() -> Task:
+    """A linear map without noise: its gradients, and so second moments, fall with the error.
+
+    64 inputs, mixed from sources whose sizes are 1, 1/2, 1/3, ..., give 128 outputs. Decay is .999,
+    so that a step takes a second moment down by a thousandth at most, less than bfloat16 resolves.
+    """
+    rng = np.random.default_rng(0)
+    inputs, outputs = 64, 128
+    rotation, _ = np.linalg.qr(rng.standard_normal((inputs, inputs)))
+    sources = rng.standard_normal((4096, inputs)) / np.arange(1, inputs + 1)
+    x = sources @ rotation
+    y = x @ rng.standard_normal((inputs, outputs))
+    x, y = x.astype(np.float32), y.astype(np.float32)
+
+    def init(seed: int) -> jax.Array:
+        rng = np.random.default_rng(seed)
+        return jnp.asarray(rng.standard_normal((inputs, outputs), dtype=np.float32))
+
+    def loss(params: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
+        return jnp.mean(jnp.square(x @ params - y))
+
+    train, test = (x[:3072], y[:3072]), (x[3072:], y[3072:])
+    return Task(
+        "regression, shrinking gradients", init, loss, train, test, 4000, 64, 3e-2, decay=0.999
+    )
+
+
+def optimizer(task: Task, storage: Storage) -> optax.GradientTransformation:
+    """RMSProp with a rate that falls to 0, which counts its own steps."""
+    return optax.chain(
+        rmsprop(
+            task.learning_rate,
+            task.decay,
+            eps_in_sqrt=False,
+            momentum=task.momentum,
+            storage=storage,
+        ),
+        optax.scale_by_schedule(optax.linear_schedule(1.0, 0.0, task.steps)),
+    )
+
+
+def train(task: Task, storage: Storage, seeds: Iterable[int], bar: tqdm) -> NDArray[np.float64]:
+    """The test loss after the last step, for each seed of parameters, batches and rounding."""
+    tx = optimizer(task, storage)
+    train, test = jax.device_put((task.train, task.test))
+    evaluate = jax.jit(task.loss)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params: Params, state: Any, train: Any, picked: jax.Array) -> Any:
+        grads = jax.grad(task.loss)(params, *(array[picked] for array in train))
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    losses = []
+    for seed in seeds:
+        rng = np.random.default_rng(seed)
+        batches = rng.integers(len(train[0]), size=(task.steps, task.batch), dtype=np.int32)
+        params = task.init(seed)
+        own, *others = tx.init(params)
+        # What is random in a storage depends on the number of the step: let each seed have its own.
+        state = (own._replace(count=jnp.int32(seed << 20)), *others)
+        for picked in batches:
+            params, state = step(params, state, train, picked)
+        losses.append(float(evaluate(params, *test)))
+        bar.update()
+    return np.array(losses)
+
+
+class Difference(NamedTuple):
+    """A mean relative difference, and its 95% interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def small(self) -> bool:
+        """Whether all of the interval is within the margin."""
+        return self.low > -MARGIN and self.high < MARGIN
+
+
+def difference(losses: ArrayLike, reference: ArrayLike) -> Difference:
+    """Of paired losses, by Student's t over the pairs."""
+    ratios = np.asarray(losses) / np.asarray(reference) - 1
+    mean = float(ratios.mean())
+    error = float(ratios.std(ddof=1)) / len(ratios) ** 0.5
+    half = float(stats.t.ppf(0.975, len(ratios) - 1)) * error
+    return Difference(mean, mean - half, mean + half)
+
+
+def held(task: Task, storage: Storage) -> tuple[float, float]:
+    """The share of second moments in fewer than 32 bits, and the bytes of state a parameter."""
+    params = task.init(0)
+    own, *_ = optimizer(task, storage).init(params)
+    slots = jax.tree.leaves(split(own.nu), is_leaf=is_packed)
+    arrays = [slot.codes if is_packed(slot) else slot for slot in slots]
+    small = sum(array.size for array in arrays if array.dtype.itemsize < 4)
+    total = sum(param.size for param in jax.tree.leaves(params))
+    return small / total, sum(array.nbytes for array in jax.tree.leaves(own)) / total
+
+
+def compare(task: Task, seeds: Sequence[int], bar: tqdm) -> list[Row]:
+    """A row for each method."""
+    rows = []
+    for name, storage in METHODS.items():
+        bar.set_description(f"{task.name}, {name}")
+        losses = train(task, storage, seeds, bar)
+        if storage is FLOAT32:
+            reference = losses
+        share, size = held(task, storage)
+        rows.append(row(task, name, share, size, losses, difference(losses, reference)))
+    return rows
+
+
+def row(
+    task: Task, name: str, share: float, size: float, losses: NDArray[Any], found: Difference
+) -> Row:
+    itself = name == "float32"
+    return {
+        "task": task.name,
+        "state": name,
+        "second moments in 8 or 16 bits": f"{share:.1%}",
+        "state bytes a parameter": f"{size:.2f}",
+        "test loss (± sd over seeds)": f"{losses.mean():.4g} ± {losses.std(ddof=1):.1g}",
+        "against float32": "" if itself else f"{found.mean:+.2%}",
+        "95% interval": "" if itself else f"{found.low:+.2%} to {found.high:+.2%}",
+        f"within {MARGIN:.0%}": "" if itself else "yes" if found.small else "no",
+    }
+
+
+def main(argv: list[str] | None = None) -> list[Row]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true")
+    quick = parser.parse_args(argv).quick
+
+    text = real_data.tiny_shakespeare()
+    tasks = [clothes(real_data.fashion_mnist()), characters(text), words(text), regression()]
+    seeds = SEEDS
+    if quick:
+        tasks = [task._replace(steps=3) for task in tasks]
+        seeds = SEEDS[:2]
+    rows = []
+    with tqdm(total=len(tasks) * len(METHODS) * len(seeds), unit="run") as bar:
+        for task in tasks:
+            rows += compare(task, seeds, bar)
+    if not quick:
+        print(f"wrote {_timing.save('low_memory_quality', rows)}\n")
+    print(_timing.table(rows, _timing.machine()))
+    return rows
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except real_data.DataError as error:
+        raise SystemExit(f"low_memory_quality.py: {error}") from None
