@@ -41,6 +41,7 @@ def narrow(z: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return (clip(z, largest) if largest < float(jnp.finfo(z.dtype).max) else z).astype(dtype)
 
 
+@jax.custom_jvp
 def settled(x: jax.Array, zero: jax.Array) -> jax.Array:
     """The array x, where zero is an int32 scalar 0 of which the compiler does not know that.
 
@@ -50,3 +51,10 @@ def settled(x: jax.Array, zero: jax.Array) -> jax.Array:
     integer = {4: jnp.int32, 8: jnp.int64}[x.dtype.itemsize]
     bits = lax.bitcast_convert_type(x, integer) ^ zero.astype(integer)
     return lax.bitcast_convert_type(bits, x.dtype)
+
+
+@settled.defjvp
+def _settled_jvp(
+    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, Any]
+) -> tuple[jax.Array, jax.Array]:
+    return settled(*primals), tangents[0]

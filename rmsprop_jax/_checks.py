@@ -207,6 +207,14 @@ def _names(tree: Any) -> list[str]:
     return [leaf_name(path) for path, _ in paths]
 
 
+_WRAPPED = jax.tree_util.GetAttrKey("value")
+
+
 def leaf_name(path: Any) -> str:
-    """A leaf's place in its tree, as "layer/kernel"; "" for a tree that is one leaf."""
+    """A leaf's place in its tree, as "layer/kernel"; "" for a tree that is one leaf.
+
+    What Flax NNX wraps an array in is not part of it.
+    """
+    if path and path[-1] == _WRAPPED:
+        path = path[:-1]
     return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -20,7 +20,7 @@ import flax_models
 import models
 import record_convert
 from rmsprop_jax import convert, dialects
-from rmsprop_jax.convert._mapping import path_of
+from rmsprop_jax._checks import leaf_name
 
 RECORDS = {framework: record_convert.load(framework) for framework in CASES}
 EVERY = [
@@ -253,7 +253,7 @@ def begin(framework, name, model, record):
     tx = dialects.pytorch(0.01, 0.9, **options)
     if name == "sequence":  # PyTorch moves both of its biases
         twice = {path for path, leaf in model.mapping.items() if leaf.also}
-        mask = jax.tree_util.tree_map_with_path(lambda p, _: path_of(p) in twice, params)
+        mask = jax.tree_util.tree_map_with_path(lambda p, _: leaf_name(p) in twice, params)
         assert sum(jax.tree.leaves(mask)) == len(twice) in (2, 8)
         tx = optax.chain(tx, optax.masked(optax.scale(2.0), mask))
     state = convert.from_pytorch(record["checkpoint"], params, model.mapping, tx, names=names)

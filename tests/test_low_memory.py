@@ -322,6 +322,20 @@ def test_schedules_arrays_and_numbers_give_the_same_bits():
         jax.tree.map(np.testing.assert_array_equal, run, runs[0])
 
 
+@pytest.mark.parametrize("make", BOTH)
+def test_an_update_has_the_derivatives_of_float32(make):
+    """By learning rate, decay and gradient, where nothing is stored yet."""
+
+    def update(learning_rate, decay, g, storage):
+        tx = rmsprop(learning_rate, decay, 1e-3, momentum=0.9, storage=storage)
+        return jnp.sum(jnp.sin(tx.update(g, tx.init(g))[0]))
+
+    g = same_in_rows(1, rows=64)[0]
+    by = jax.grad(update, argnums=(0, 1, 2))
+    for got, want in zip(by(0.1, 0.9, g, make()), by(0.1, 0.9, g, None), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
+
+
 # Bits
 
 

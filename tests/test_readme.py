@@ -13,6 +13,7 @@ import pytest
 
 import _timing
 import cases
+import low_memory_step
 import record_dialects
 from rmsprop_jax import describe, dialects, recipes, rmsprop, scale_by_rms
 import step
@@ -34,14 +35,21 @@ def test_there_are_snippets():
     assert len(SNIPPETS) >= 6
 
 
-def test_the_benchmark_table_is_what_was_measured():
-    results = json.loads((ROOT / "benchmarks" / "results" / "step.json").read_text())
+@pytest.mark.parametrize("name", ["step", "low_memory_step", "low_memory_quality"])
+def test_a_table_is_what_was_measured(name):
+    results = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
     assert _timing.table(results["rows"], results["machine"]) in README
 
 
 def test_the_benchmark_runs(capsys):
     rows = step.main(["--quick"])
     assert [row["form"] for row in rows] == [*step.FORMS] * 3
+    assert _timing.table(rows, _timing.machine()) in capsys.readouterr().out
+
+
+def test_the_benchmark_of_low_memory_runs(capsys):
+    rows = low_memory_step.main(["--quick"])
+    assert len(rows) == len(step.FORMS) * len(low_memory_step.STORAGES) + 1
     assert _timing.table(rows, _timing.machine()) in capsys.readouterr().out
 
 

@@ -43,18 +43,12 @@ class Leaf(NamedTuple):
 LeafMapping = Mapping[str, Leaf | Name]
 
 _WHOLE = (0, 1, 0)  # as a part
-_WRAPPED = jax.tree_util.GetAttrKey("value")
 
 
 def by_path(tree: Any) -> dict[str, Any]:
     """The leaves of a tree, or its slots, by their path, as in "layer/kernel"."""
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_packed)
-    return {path_of(path): leaf for path, leaf in leaves}
-
-
-def path_of(path: Any) -> str:
-    """A path in words; what Flax NNX wraps an array in is not part of it."""
-    return leaf_name(path[:-1] if path and path[-1] == _WRAPPED else path)
+    return {leaf_name(path): leaf for path, leaf in leaves}
 
 
 def resolve(mapping: LeafMapping, params: Any) -> dict[str, Leaf]:

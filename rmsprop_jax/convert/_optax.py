@@ -7,8 +7,9 @@ import jax
 from jax.tree_util import tree_map_with_path
 import numpy as np
 
+from rmsprop_jax._checks import leaf_name
 from rmsprop_jax._rule import rules_of
-from rmsprop_jax.convert._mapping import Leaf, Name, by_path, path_of, take
+from rmsprop_jax.convert._mapping import Leaf, Name, by_path, take
 from rmsprop_jax.convert._state import Entry, Foreign, place, to_ours, to_theirs
 
 # Of these Optax exports but four. Adam's, say, has the same fields.
@@ -106,7 +107,7 @@ def to_optax(state: Any, params: Any, tx: Any, like: Any) -> Any:
     has = {field: _has(foreign, field) for field in ("nu", "mu", "trace")}
 
     def slot(field: str, path: Any, old: Any) -> Any:
-        where = path_of(path)
+        where = leaf_name(path)
         if where not in foreign.entries:
             raise ValueError(f"like has {where!r}, and params has not")
         value = getattr(foreign.entries[where], field)

@@ -6,12 +6,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from rmsprop_jax._checks import leaf_name
 from rmsprop_jax.convert._arrays import array
 from rmsprop_jax.convert._mapping import (
     LeafMapping,
     Name,
     by_path,
-    path_of,
     put,
     refuse_unmapped,
     resolve,
@@ -49,7 +49,7 @@ def params_from(arrays: Mapping[Name, Any], params: Any, mapping: LeafMapping) -
     refuse_unmapped(arrays, leaves)
 
     def fill(path: Any, old: Any) -> Any:
-        leaf = leaves[path_of(path)]
+        leaf = leaves[leaf_name(path)]
         found = [
             take(array(arrays[name]), leaf, np.shape(old), f"{name!r}") for name in leaf.names()
         ]

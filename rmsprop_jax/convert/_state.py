@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.tree_util import tree_map_with_path
 import numpy as np
 
+from rmsprop_jax._checks import leaf_name
 from rmsprop_jax._rule import RMSPropState, Rule, rules_of
 from rmsprop_jax._storage import Slot, is_packed, join, split
 from rmsprop_jax.convert._mapping import (
@@ -16,7 +17,6 @@ from rmsprop_jax.convert._mapping import (
     LeafMapping,
     Name,
     by_path,
-    path_of,
     put,
     refuse_unmapped,
     resolve,
@@ -68,7 +68,7 @@ def to_ours(foreign: Foreign, params: Any, mapping: LeafMapping, tx: Any) -> Any
             return state
 
         def slot(field: str, path: Any, old: Slot) -> Slot:
-            where = path_of(path)
+            where = leaf_name(path)
             if where not in leaves:
                 raise ValueError(f"tx keeps its state in another form than params: at {where!r}")
             filled.add(where)

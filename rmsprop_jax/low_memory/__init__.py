@@ -14,8 +14,9 @@ momentum                 4         2          1 + 1/block
 mean, centered only      4         2          2
 
 In both, a gradient that is not finite acts on its own coordinate in its own step as it does in
-float32, and never enters the state, where it counts as 0. Scalars, empty and complex leaves are
-held as without a storage. What is stored has no derivative.
+float32, and never enters the state, where the averages then only decay. Scalars, empty and complex
+leaves are held as without a storage. An update has its derivatives by gradient and hyperparameters;
+what is stored has none.
 
 Under ``jit``, codes and exponents are placed like the parameters, and the update needs no
 communication. Inside ``pmap`` and ``shard_map`` the place in a leaf is that in its shard: replicas
