@@ -13,7 +13,7 @@ def change_storage(state: Any, params: Any, tx: Any) -> Any:
     """The state with which a transformation goes on where one of another ``storage`` stopped.
 
     From fewer bits to more, and between float32 and float64, values are what they were. To
-    ``low_memory.bfloat16`` each is rounded to the nearest, by 2^-9 at most; to ``low_memory.q8``
+    ``low_memory.bfloat16`` each is rounded to the nearest, by 2^-8 at most; to ``low_memory.q8``
     second moments are rounded by 1/16 at most, and raised to some 2^-30 of the largest in their
     block where they are below; values of momentum are rounded by 1/16, or 2^-15 of the largest in
     their block. From q8 to q8 with other blocks they are rounded so again.

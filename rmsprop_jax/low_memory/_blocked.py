@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 from jax import export
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import numpy as np
 
 from rmsprop_jax._storage import Joined, Slot, is_packed
@@ -71,15 +71,27 @@ def blocked(slots: Any, block: int) -> Blocked:
     """The field of slots that were just made, which all have the same scale."""
     found = jax.tree.leaves(slots, is_leaf=is_packed)
     scale = next((slot.scales[0] for slot in found if is_packed(slot)), 1.0)
-    scales = jnp.full(max(len(found), 1), scale, jnp.float32)  # never of size 0
     codes = _codes(slots)
-    for array in jax.tree.leaves(codes):
-        sharding = None if isinstance(array, jax.core.Tracer) else getattr(array, "sharding", None)
-        if isinstance(sharding, NamedSharding) and array.committed:
-            scales = jax.device_put(scales, sharding.update(spec=PartitionSpec()))
-            break
+    scales = jnp.full(max(len(found), 1), scale, jnp.float32)  # never of size 0
+    for array in jax.tree.leaves(codes)[:1]:
+        scales = _beside(scales, array)
     exponents = jax.tree.map(lambda slot: _exponents(slot, block), slots, is_leaf=is_packed)
     return Blocked(codes, exponents, scales)
+
+
+def _beside(scales: jax.Array, array: jax.Array) -> jax.Array:
+    """The scales on every device of an array, as their own update leaves them."""
+    if isinstance(array, jax.core.Tracer):
+        mesh = jax.typeof(array).sharding.mesh
+        if mesh.axis_types and all(kind == AxisType.Explicit for kind in mesh.axis_types):
+            scales = jax.reshard(scales, NamedSharding(mesh, PartitionSpec(None)))
+        return scales
+    if not getattr(array, "committed", False):
+        return scales
+    sharding = array.sharding
+    if isinstance(sharding, NamedSharding):
+        sharding = sharding.update(spec=PartitionSpec())
+    return jax.device_put(scales, sharding)
 
 
 def _codes(slots: Any) -> Any:
