@@ -493,6 +493,24 @@ def test_any_shape(lead, n, dtype, grad_dtype, form, block):
     np.testing.assert_allclose(np.float32(updates), np.float32(want), rtol=0.2, atol=0.02)
 
 
+def test_small_leaves_and_one_of_one_long_block():
+    """Each with its own scale and bits, as if it were alone."""
+    rng = np.random.default_rng(0)
+    shapes = {f"leaf{i}": (i % 3 + 1, 3 * (i % 4) + 1) for i in range(8)} | {"long": (10007,)}
+    grads = {n: jnp.asarray(rng.standard_normal(s), jnp.float32) for n, s in shapes.items()}
+    tx = rmsprop(0.1, momentum=0.9, storage=low_memory.q8(min_size=0))
+    update = jax.jit(tx.update)
+    state = tx.init(grads)
+    alone = {name: tx.init({name: grads[name]}) for name in ("leaf2", "leaf6", "long")}
+    assert state.nu.exponents["long"].shape == (1,)
+    for _ in range(2):
+        _, state = update(grads, state)
+        alone = {name: update({name: grads[name]}, one)[1] for name, one in alone.items()}
+    for name, one in alone.items():
+        np.testing.assert_array_equal(split(state.nu)[name].decode(), split(one.nu)[name].decode())
+        np.testing.assert_array_equal(state.trace.codes[name], one.trace.codes[name])
+
+
 def test_which_leaves_are_held_in_8_bits():
     params = {
         "scalar": jnp.ones(()),
