@@ -1,6 +1,6 @@
 """RMSProp for JAX as one pure Optax gradient transformation."""
 
-from rmsprop_jax import convert, dialects, low_memory, recipes
+from rmsprop_jax import convert, dialects, low_memory, recipes, sharding
 from rmsprop_jax._describe import describe
 from rmsprop_jax._rmsprop import rmsprop, scale_by_rms
 from rmsprop_jax._rule import RMSPropState
@@ -14,5 +14,6 @@ __all__ = [
     "recipes",
     "rmsprop",
     "scale_by_rms",
+    "sharding",
 ]
 __version__ = "0.1.0"

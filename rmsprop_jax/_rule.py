@@ -165,8 +165,7 @@ def _at(count: jax.Array, name: str, value: Any) -> jax.Array | None:
 
 def rules_in(tx: Any) -> list[Rule]:
     """The rules that a transformation follows, itself or in what it wraps ready-made."""
-    found = {id(rule): rule for rule in _rules(getattr(tx, "update", None), set())}
-    return list(found.values())
+    return [found for found in objects_in(tx) if isinstance(found, Rule)]
 
 
 def rules_of(tx: Any) -> list[Rule]:
@@ -177,15 +176,21 @@ def rules_of(tx: Any) -> list[Rule]:
     return rules
 
 
-def _rules(value: Any, seen: set[int]) -> Iterator[Rule]:
-    """The rules whose methods are value, or what value is made of: the parts of a wrapper."""
+def objects_in(tx: Any) -> list[Any]:
+    """The objects whose methods a transformation has as its update, itself or in what it wraps."""
+    found = {id(value): value for value in _objects(getattr(tx, "update", None), set())}
+    return list(found.values())
+
+
+def _objects(value: Any, seen: set[int]) -> Iterator[Any]:
+    """The objects whose methods are value, or what value is made of: the parts of a wrapper."""
     if id(value) in seen:
         return
     seen.add(id(value))
     parts: list[Any] = []
     if inspect.ismethod(value):
+        yield value.__self__
         if isinstance(value.__self__, Rule):
-            yield value.__self__
             return
         parts = list(getattr(value.__self__, "__dict__", {}).values())
     elif callable(value):
@@ -197,5 +202,7 @@ def _rules(value: Any, seen: set[int]) -> Iterator[Rule]:
         parts = list(value.values())
     elif isinstance(value, tuple | list):
         parts = list(value)
+    else:
+        parts = [getattr(value, "update", None)]  # of a transformation that is no NamedTuple
     for part in parts:
-        yield from _rules(part, seen)
+        yield from _objects(part, seen)

@@ -38,6 +38,11 @@ class Joined(abc.ABC):
     vectors. So wrappers find in it what they know: they take such trees apart, but no slots.
     """
 
+    @property
+    @abc.abstractmethod
+    def shared(self) -> Collection[str]:
+        """The names of what in it is no such tree."""
+
     @abc.abstractmethod
     def split(self) -> Any:
         """The slots, in a tree like the parameters."""

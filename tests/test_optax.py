@@ -235,6 +235,7 @@ def test_public_names():
         "recipes",
         "rmsprop",
         "scale_by_rms",
+        "sharding",
     }
     for name in rmsprop_jax.__all__:
         assert getattr(rmsprop_jax, name).__doc__

@@ -1,5 +1,6 @@
 """A field of the state whose slots are in 8 bits."""
 
+from collections.abc import Collection
 import contextlib
 import math
 from typing import Any, NamedTuple
@@ -31,6 +32,10 @@ class Blocked(NamedTuple):
     codes: Any
     exponents: Any
     scales: jax.Array
+
+    @property
+    def shared(self) -> Collection[str]:
+        return ("scales",)
 
     def split(self) -> Any:
         structure: Any

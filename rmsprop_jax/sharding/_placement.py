@@ -1,0 +1,166 @@
+"""Trees of shardings: of parameters, and of the arrays in a state that belong to them."""
+
+from collections.abc import Iterator, Sequence
+import math
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.tree_util import tree_leaves_with_path
+import numpy as np
+
+from rmsprop_jax._checks import leaf_name
+from rmsprop_jax._storage import Joined
+
+
+def check_tx(tx: Any) -> None:
+    """Refuses what has no init and update."""
+    if not callable(getattr(tx, "init", None)) or not callable(getattr(tx, "update", None)):
+        raise TypeError(f"tx must be a gradient transformation, got {tx!r}")
+
+
+def check_shardings(shardings: Any) -> None:
+    """Refuses a tree with other leaves than NamedShardings."""
+    for sharding in jax.tree.leaves(shardings):
+        if not isinstance(sharding, NamedSharding):
+            raise TypeError(f"shardings must be of jax.sharding.NamedSharding, got {sharding!r}")
+
+
+def of_params(shardings: Any, params: Any) -> Any:
+    """One sharding for each parameter, from a prefix of the tree of them."""
+    check_shardings(shardings)
+    return jax.tree.broadcast(shardings, params)
+
+
+def of_state(state: Any, params: Any, shardings: Any, others: NamedSharding | None) -> Any:
+    """One sharding for each array of a state: that of its parameter, or the others'.
+
+    Of state and params only the structure and shapes count.
+    """
+    wanted = jax.tree.leaves(shardings)
+    found = [others if owner is None else wanted[owner] for owner in _owners(state, params)]
+    return jax.tree.structure(state).unflatten(found)
+
+
+def check_state(state: Any, params: Any, shardings: Any) -> None:
+    """Refuses shardings that do not divide what belongs to their parameters."""
+    paths, wanted = _paths(params), jax.tree.leaves(shardings)
+    for array, owner in zip(jax.tree.leaves(state), _owners(state, params), strict=True):
+        if owner is not None and not _fits(wanted[owner], array.shape):
+            raise ValueError(
+                f"the state of parameter {leaf_name(paths[owner])!r} has an array of shape "
+                f"{array.shape}, which {wanted[owner].spec} does not divide on a mesh of "
+                f"{dict(wanted[owner].mesh.shape)}: with q8, choose a block that divides the "
+                "shards of the last axis, or exempt the parameter"
+            )
+
+
+def split_over(axes: Sequence[str], params: Any, shardings: Any, state: Any = None) -> Any:
+    """The shardings of parameters with more axes of the mesh, where they divide a shard.
+
+    That is along the first axis of a parameter, and of all that belongs to it in state, whose
+    shards they divide. What has no such axis, or is split over them already, stays as it is.
+    """
+    shapes = [[np.shape(param)] for param in jax.tree.leaves(params)]
+    for array, owner in zip(jax.tree.leaves(state), _owners(state, params), strict=True):
+        if owner is not None:
+            shapes[owner].append(array.shape)
+    leaves, structure = jax.tree.flatten(shardings)
+    split = [_with_axes(axes, *pair) for pair in zip(leaves, shapes, strict=True)]
+    return structure.unflatten(split)
+
+
+def axis_to_split(shapes: Sequence[Sequence[int]], n: int) -> int | None:
+    """The first axis along which all of some shapes divide in n parts."""
+    for axis, sizes in enumerate(zip(*shapes, strict=True)):
+        if all(size and size % n == 0 for size in sizes):
+            return axis
+    return None
+
+
+def put(tree: Any, shardings: Any) -> Any:
+    """The arrays of a tree where they are to be; None stays, and where None is said, all stay."""
+    return jax.tree.map(_put, shardings, tree, is_leaf=lambda sharding: sharding is None)
+
+
+def _put(sharding: NamedSharding | None, x: Any) -> Any:
+    if x is None or sharding is None:
+        return x
+    if not isinstance(x, jax.core.Tracer):
+        return jax.device_put(x, sharding)
+    if AxisType.Explicit in sharding.mesh.axis_types:
+        return jax.reshard(x, sharding)
+    return jax.lax.with_sharding_constraint(x, sharding)
+
+
+def _owners(state: Any, params: Any) -> list[int | None]:
+    """For each array of a state, the number of the parameter that it belongs to.
+
+    It has the parameter's path, behind that of the wrappers and fields in which it is, and its
+    shape; or as many axes, in a field whose slots are more than arrays.
+    """
+    numbers = {path: number for number, path in enumerate(_paths(params))}
+    shapes = [np.shape(param) for param in jax.tree.leaves(params)]
+
+    def owner(path: Any, array: Any, joined: bool) -> int | None:
+        for start in range(len(path) + 1):
+            number = numbers.get(path[start:])
+            if number is not None:
+                shape = shapes[number]
+                alike = len(array.shape) == len(shape) if joined else array.shape == shape
+                return number if alike else None
+        return None
+
+    return [None if path is None else owner(path, *rest) for path, *rest in _arrays(state)]
+
+
+def _arrays(state: Any) -> Iterator[tuple[Any, Any, bool]]:
+    """The arrays of a state with their paths, and whether they are part of a Joined field.
+
+    None is the path of what is shared by all leaves of such a field.
+    """
+    for path, node in tree_leaves_with_path(state, is_leaf=lambda node: isinstance(node, Joined)):
+        if not isinstance(node, Joined):
+            yield path, node, False
+            continue
+        for name, tree in node._asdict().items():
+            for inner, array in tree_leaves_with_path(tree):
+                yield None if name in node.shared else (*path, *inner), array, True
+
+
+def _paths(params: Any) -> list[Any]:
+    return [path for path, _ in tree_leaves_with_path(params)]
+
+
+def _with_axes(
+    axes: Sequence[str], sharding: NamedSharding, shapes: Sequence[tuple[int, ...]]
+) -> NamedSharding:
+    ndim, sizes = len(shapes[0]), sharding.mesh.shape
+    spec = [_names(entry) for entry in sharding.spec]
+    spec += [()] * (ndim - len(spec))
+    if any(name in axes for names in spec for name in names) or not all(
+        _fits(sharding, shape) for shape in shapes
+    ):
+        return sharding
+    shards = [sharding.shard_shape(shape) for shape in shapes]
+    axis = axis_to_split(shards, math.prod(sizes[name] for name in axes))
+    if axis is None:
+        return sharding
+    spec[axis] = (*spec[axis], *axes)
+    while not spec[-1]:  # as jit writes the specs of its results
+        spec.pop()
+    entries = [names[0] if len(names) == 1 else names or None for names in spec]
+    return sharding.update(spec=PartitionSpec(*entries))
+
+
+def _fits(sharding: NamedSharding, shape: Sequence[int]) -> bool:
+    """Whether a sharding has no more axes than a shape, and all shards are of one size."""
+    parts = [math.prod(sharding.mesh.shape[n] for n in _names(entry)) for entry in sharding.spec]
+    return len(parts) <= len(shape) and all(
+        size % n == 0 for size, n in zip(shape, parts, strict=False)
+    )
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    """The axes of the mesh in one entry of a PartitionSpec."""
+    return entry if isinstance(entry, tuple) else () if entry is None else (entry,)

@@ -1,0 +1,86 @@
+"""The shardings of a state, given those of its parameters."""
+
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from rmsprop_jax._rule import objects_in
+from rmsprop_jax.sharding import _placement
+from rmsprop_jax.sharding._zero1 import Zero1
+from rmsprop_jax.sharding._zero1_mapped import Zero1Mapped
+
+
+def state_sharding(tx: Any, params: Any, shardings: Any, *, memory_kind: str | None = None) -> Any:
+    """A sharding for each array of a state: its parameter's, if it belongs to one.
+
+    For ``jax.jit(tx.init, out_shardings=...)``, ``jax.device_put``, the specs of ``jax.shard_map``
+    and the target of a restore by Orbax. What belongs to no parameter, as the count of steps, is
+    on every device.
+
+    Args:
+      tx: a transformation of this library, or any other, as ``optax.chain`` of several: the arrays
+        of their states that have the path and shape of a parameter are placed like it, too. For
+        :func:`zero1` and :func:`zero1_mapped` the state is split as they do.
+      params: tree of parameters, of which only the structure, shapes and dtypes count: arrays or
+        ``jax.ShapeDtypeStruct``.
+      shardings: those of the parameters: a tree like params of ``jax.sharding.NamedSharding``, or a
+        prefix of such a tree, as one for all.
+      memory_kind: of what belongs to parameters, as "pinned_host" for the memory of the host; None
+        for that of the parameters.
+
+    Returns:
+      A tree of shardings like the state.
+
+    Raises:
+      ValueError: if the blocks of slots in 8 bits do not fit the shards of a parameter; if
+        shardings is no prefix of params, on several meshes, or not that of zero1; if zero1 is
+        inside another wrapper, where it is not known which states are split.
+      TypeError: if tx is no gradient transformation, or a sharding no NamedSharding.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from jax.sharding import NamedSharding, PartitionSpec as P
+      >>> from rmsprop_jax import rmsprop, sharding
+      >>> mesh = jax.make_mesh((jax.device_count(),), ("data",))
+      >>> params, tx = {"kernel": jnp.ones((16, 4))}, rmsprop(0.1)
+      >>> placed = sharding.state_sharding(tx, params, NamedSharding(mesh, P("data")))
+      >>> print(*placed.nu["kernel"].spec, *placed.count.spec)
+      data
+      >>> state = jax.jit(tx.init, out_shardings=placed)(params)
+    """
+    _placement.check_tx(tx)
+    wanted = _placement.of_params(shardings, params)
+    meshes = {sharding.mesh for sharding in jax.tree.leaves(shardings)}
+    if len(meshes) != 1:
+        raise ValueError(f"shardings must be on one mesh, got {meshes or shardings}")
+    everywhere = NamedSharding(meshes.pop(), PartitionSpec())
+
+    wrapper, inner = getattr(tx.init, "__self__", None), tx
+    if isinstance(wrapper, Zero1 | Zero1Mapped):
+        inner = wrapper.tx
+    if any(isinstance(part, Zero1 | Zero1Mapped) for part in objects_in(inner)):
+        raise ValueError(
+            "tx must not have zero1 or zero1_mapped inside another wrapper: put them outside, as "
+            "in zero1(optax.chain(...), mesh, axis)"
+        )
+    if isinstance(wrapper, Zero1Mapped):
+        wanted = wrapper.parts(params, wanted)
+        params = jax.tree.map(_part, params, wanted)
+    state = jax.eval_shape(inner.init, params)
+    if isinstance(wrapper, Zero1):
+        own = _placement.of_params(wrapper.shardings, params)
+        if wanted != own:
+            raise ValueError(f"shardings must be those of zero1, {own}, got {wanted}")
+        wanted = wrapper.parts(params, state)
+    if not isinstance(wrapper, Zero1Mapped):
+        _placement.check_state(state, params, wanted)
+    if memory_kind is not None:
+        wanted = jax.tree.map(lambda sharding: sharding.with_memory_kind(memory_kind), wanted)
+    return _placement.of_state(state, params, wanted, everywhere)
+
+
+def _part(param: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    """What a device has of a parameter."""
+    return jax.ShapeDtypeStruct(sharding.shard_shape(param.shape), param.dtype)

@@ -1,0 +1,117 @@
+"""ZeRO stage 1 under jit: each device holds and updates its part of the state."""
+
+import dataclasses
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+import optax
+
+from rmsprop_jax.sharding import _placement
+
+AxisName = str | tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Zero1:
+    """What is wrapped, and where; its methods are the two functions of a transformation."""
+
+    tx: Any
+    axes: tuple[str, ...]
+    shardings: Any  # of the parameters, or a prefix of them
+    everywhere: NamedSharding
+
+    def init(self, params: optax.Params) -> Any:
+        parts = self.parts(params, jax.eval_shape(self.tx.init, params))
+        state = self.tx.init(_placement.put(params, parts))
+        _placement.check_state(state, params, parts)
+        wanted = _placement.of_state(state, params, parts, self.everywhere)
+        return _placement.put(state, wanted)
+
+    def update(
+        self,
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, Any]:
+        like = updates if params is None else params
+        parts = self.parts(like, state)
+        if params is not None:
+            params = _placement.put(params, parts)
+        updates = _placement.put(updates, parts)
+        updates, state = self.tx.update(updates, state, params, **extra_args)
+        state = _placement.put(state, _placement.of_state(state, like, parts, None))
+        return _placement.put(updates, _placement.of_params(self.shardings, updates)), state
+
+    def parts(self, params: Any, state: Any) -> Any:
+        """The shardings of the parts of the parameters, of which each device has the state."""
+        whole = _placement.of_params(self.shardings, params)
+        return _placement.split_over(self.axes, params, whole, state)
+
+
+def zero1(
+    tx: Any, mesh: Mesh, axis: AxisName, shardings: Any = None
+) -> optax.GradientTransformationExtraArgs:
+    """The transformation with its state split over an axis of a mesh; parameters stay whole.
+
+    The gradients are split as the state is, by a reduce-scatter, or an all-reduce of which each
+    device takes its part; the updates are gathered. The steps are those of tx, whatever is in it:
+    under ``jit`` a norm or a mean is of the whole array, however that is split.
+
+    Each parameter is split along its first axis that the number of devices divides, in whole
+    blocks where its slots are in 8 bits. One that has no such axis is not split, nor its state.
+
+    Args:
+      tx: a transformation of this library, or any other; also ``optax.chain`` of several.
+      mesh: of devices; its axes are all ``Auto`` or all ``Explicit``.
+      axis: the axis, or a tuple of axes, over which data are sharded and parameters are not.
+      shardings: where the parameters are sharded over other axes of the mesh, a tree like them of
+        ``jax.sharding.NamedSharding``, or a prefix of such a tree; None if every device holds all.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs`` whose ``init`` and ``update`` work under ``jit``
+      and eagerly, and whose state is that of tx.
+
+    Raises:
+      ValueError: if the mesh has no such axis, or axes of other types; if shardings are on another.
+      TypeError: if tx is no gradient transformation, mesh no Mesh, or a sharding no
+        NamedSharding.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from jax.sharding import NamedSharding, PartitionSpec as P
+      >>> from rmsprop_jax import rmsprop, sharding
+      >>> mesh = jax.make_mesh((jax.device_count(),), ("data",))
+      >>> params = jax.device_put({"kernel": jnp.ones((16, 4))}, NamedSharding(mesh, P()))
+      >>> tx = sharding.zero1(rmsprop(0.1), mesh, "data")
+      >>> state = jax.jit(tx.init)(params)
+      >>> updates, state = jax.jit(tx.update)(params, state)
+      >>> state.nu["kernel"].sharding.shard_shape((16, 4)) == (16 // mesh.size, 4)
+      True
+      >>> updates["kernel"].sharding.is_fully_replicated
+      True
+
+    Source: Rajbhandari et al., "ZeRO: memory optimizations toward training trillion parameter
+    models", arXiv:1910.02054, 2019.
+    """
+    _placement.check_tx(tx)
+    if not isinstance(mesh, Mesh):
+        raise TypeError(f"mesh must be a jax.sharding.Mesh, got {mesh!r}")
+    axes = axis if isinstance(axis, tuple) else (axis,)
+    if not axes or any(name not in mesh.axis_names for name in axes):
+        raise ValueError(
+            f"axis must be of the mesh, whose axes are {mesh.axis_names}, got {axis!r}"
+        )
+    if set(mesh.axis_types) not in ({AxisType.Auto}, {AxisType.Explicit}):
+        raise ValueError(
+            f"mesh must have axes that are all Auto or all Explicit, got {mesh.axis_types}"
+        )
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    _placement.check_shardings(shardings)
+    for sharding in jax.tree.leaves(shardings):
+        if sharding.mesh != mesh:
+            raise ValueError(f"shardings must be on the mesh {mesh}, got {sharding}")
+    wrapped = Zero1(tx, axes, everywhere if shardings is None else shardings, everywhere)
+    return optax.GradientTransformationExtraArgs(wrapped.init, wrapped.update)

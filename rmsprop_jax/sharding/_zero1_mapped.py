@@ -1,0 +1,137 @@
+"""ZeRO stage 1 inside a mapped axis, of pmap or shard_map."""
+
+import dataclasses
+from typing import Any
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import optax
+
+from rmsprop_jax._rule import rules_of
+from rmsprop_jax.sharding import _placement
+from rmsprop_jax.sharding._zero1 import AxisName
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Zero1Mapped:
+    """What is wrapped, and where; its methods are the two functions of a transformation."""
+
+    tx: Any
+    axes: tuple[str, ...]
+
+    def init(self, params: optax.Params) -> Any:
+        return self.tx.init(jax.tree.map(self._mine, params))
+
+    def update(
+        self,
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, Any]:
+        if _varying(lax.axis_index(self.axes)):
+            raise ValueError(
+                "zero1_mapped needs jax.shard_map(..., check_vma=False): with check_vma=True, "
+                "jax.grad sums the gradients of replicated parameters over the devices before "
+                "zero1_mapped takes their mean"
+            )
+        whole, params = updates, jax.tree.map(self._mine, params)
+        updates = jax.tree.map(self._mean, updates)
+        updates, state = self.tx.update(updates, state, params, **extra_args)
+        return jax.tree.map(self._gathered, updates, whole), state
+
+    def parts(self, params: Any, shardings: Any) -> Any:
+        """The shardings of the parts of the parameters, of which each device has the state."""
+        return _placement.split_over(self.axes, params, shardings)
+
+    def _split(self, x: Any) -> int | None:
+        return _placement.axis_to_split([jnp.shape(x)], lax.axis_size(self.axes))
+
+    def _mine(self, x: Any) -> Any:
+        """The part of a parameter that is this device's."""
+        axis = self._split(x)
+        if axis is None:
+            return x
+        size = x.shape[axis] // lax.axis_size(self.axes)
+        return lax.dynamic_slice_in_dim(x, lax.axis_index(self.axes) * size, size, axis)
+
+    def _mean(self, g: Any) -> Any:
+        """The part that is this device's of the mean of a gradient over all."""
+        axis = self._split(g)
+        if axis is None:
+            return lax.pmean(g, self.axes)
+        total = lax.psum_scatter(g, self.axes, scatter_dimension=axis, tiled=True)
+        return total / lax.axis_size(self.axes)
+
+    def _gathered(self, u: Any, whole: Any) -> Any:
+        """An update, from the parts of all devices."""
+        axis = self._split(whole)
+        return u if axis is None else lax.all_gather(u, self.axes, axis=axis, tiled=True)
+
+
+def _varying(x: Any) -> bool:
+    """Whether the types of arrays say over which mapped axes they vary, as that of x does."""
+    typed = jax.typeof(x)
+    manual = getattr(typed, "manual_axis_type", None)
+    return bool(getattr(typed, "vma", None) if manual is None else manual.varying)
+
+
+def zero1_mapped(tx: Any, axis_name: AxisName) -> optax.GradientTransformationExtraArgs:
+    """The transformation with its state split over the devices of a mapped axis.
+
+    For use inside ``jax.pmap`` and ``jax.shard_map``, where each device has all parameters and the
+    gradients of its own data. An update takes their mean, of which each device gets its part by a
+    reduce-scatter, updates that, and gathers the updates of all. So take no ``lax.pmean`` before,
+    which would be right but in vain; after ``lax.psum`` the gradients would be too large.
+
+    Parameters are split as by :func:`zero1`: along the first axis that the number of devices
+    divides. One that has no such axis is updated whole, on every device.
+
+    Nothing in tx may look beyond one number: a norm, a layer-wise rate or a clip by norm would be
+    of parts. Clip by the global norm before, gradients of which the mean has been taken.
+    :func:`zero1` has no such limits.
+
+    Args:
+      tx: a transformation of this library, or ``optax.chain`` or another wrapper with one in it.
+        Of ``optax.inject_hyperparams`` it must be inside, as the transformation there is hidden.
+        ``q8`` and ``bfloat16`` round all parts alike unless their own ``axis_name`` is given, and
+        ``min_size`` is of a part.
+      axis_name: the mapped axis, or a tuple of them.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs`` whose ``init`` and ``update`` work where the axis
+      is mapped; ``jax.shard_map`` needs ``check_vma=False``. Its state is that of tx for the parts;
+      :func:`state_sharding` gives the specs that put them together.
+
+    Raises:
+      ValueError: if tx is cautious, which takes a mean over each leaf; or, in ``update``, where
+        ``check_vma`` is on.
+      TypeError: if tx is not a transformation of this library, or axis_name no name.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from rmsprop_jax import rmsprop, sharding
+      >>> n = jax.device_count()
+      >>> tx = sharding.zero1_mapped(rmsprop(0.1), "data")
+      >>> params = jnp.ones((n, 4 * n))  # a row for each device, all the same
+      >>> state = jax.pmap(tx.init, axis_name="data")(params)
+      >>> state.nu.shape == (n, 4)
+      True
+      >>> updates, state = jax.pmap(tx.update, axis_name="data")(params, state)
+      >>> updates.shape == (n, 4 * n)
+      True
+
+    Source: as :func:`zero1`.
+    """
+    if any(rule.variant.cautious for rule in rules_of(tx)):
+        raise ValueError(
+            "tx must not be cautious, which takes a mean over each leaf, where zero1_mapped has "
+            "parts of leaves: use zero1"
+        )
+    axes = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    if not axes or not all(isinstance(name, str) for name in axes):
+        raise TypeError(f"axis_name must be a name or a tuple of names, got {axis_name!r}")
+    wrapped = Zero1Mapped(tx, axes)
+    return optax.GradientTransformationExtraArgs(wrapped.init, wrapped.update)
