@@ -26,13 +26,13 @@ def check_shardings(shardings: Any) -> None:
             raise TypeError(f"shardings must be of jax.sharding.NamedSharding, got {sharding!r}")
 
 
-def of_params(shardings: Any, params: Any) -> Any:
+def param_shardings(shardings: Any, params: Any) -> Any:
     """One sharding for each parameter, from a prefix of the tree of them."""
     check_shardings(shardings)
     return jax.tree.broadcast(shardings, params)
 
 
-def of_state(state: Any, params: Any, shardings: Any, others: NamedSharding | None) -> Any:
+def state_shardings(state: Any, params: Any, shardings: Any, others: NamedSharding | None) -> Any:
     """One sharding for each array of a state: that of its parameter, or the others'.
 
     Of state and params only the structure and shapes count.
@@ -42,7 +42,7 @@ def of_state(state: Any, params: Any, shardings: Any, others: NamedSharding | No
     return jax.tree.structure(state).unflatten(found)
 
 
-def check_state(state: Any, params: Any, shardings: Any) -> None:
+def check_state_shardings(state: Any, params: Any, shardings: Any) -> None:
     """Refuses shardings that do not divide what belongs to their parameters."""
     paths, wanted = _paths(params), jax.tree.leaves(shardings)
     for array, owner in zip(jax.tree.leaves(state), _owners(state, params), strict=True):

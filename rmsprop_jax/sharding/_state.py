@@ -6,7 +6,12 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from rmsprop_jax._rule import objects_in
-from rmsprop_jax.sharding import _placement
+from rmsprop_jax.sharding._placement import (
+    check_state_shardings,
+    check_tx,
+    param_shardings,
+    state_shardings,
+)
 from rmsprop_jax.sharding._zero1 import Zero1
 from rmsprop_jax.sharding._zero1_mapped import Zero1Mapped
 
@@ -50,8 +55,8 @@ def state_sharding(tx: Any, params: Any, shardings: Any, *, memory_kind: str | N
       data
       >>> state = jax.jit(tx.init, out_shardings=placed)(params)
     """
-    _placement.check_tx(tx)
-    wanted = _placement.of_params(shardings, params)
+    check_tx(tx)
+    wanted = param_shardings(shardings, params)
     meshes = {sharding.mesh for sharding in jax.tree.leaves(shardings)}
     if len(meshes) != 1:
         raise ValueError(f"shardings must be on one mesh, got {meshes or shardings}")
@@ -70,15 +75,15 @@ def state_sharding(tx: Any, params: Any, shardings: Any, *, memory_kind: str | N
         params = jax.tree.map(_part, params, wanted)
     state = jax.eval_shape(inner.init, params)
     if isinstance(wrapper, Zero1):
-        own = _placement.of_params(wrapper.shardings, params)
+        own = param_shardings(wrapper.shardings, params)
         if wanted != own:
             raise ValueError(f"shardings must be those of zero1, {own}, got {wanted}")
         wanted = wrapper.parts(params, state)
     if not isinstance(wrapper, Zero1Mapped):
-        _placement.check_state(state, params, wanted)
+        check_state_shardings(state, params, wanted)
     if memory_kind is not None:
         wanted = jax.tree.map(lambda sharding: sharding.with_memory_kind(memory_kind), wanted)
-    return _placement.of_state(state, params, wanted, everywhere)
+    return state_shardings(state, params, wanted, everywhere)
 
 
 def _part(param: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:

@@ -7,7 +7,15 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import optax
 
-from rmsprop_jax.sharding import _placement
+from rmsprop_jax.sharding._placement import (
+    check_shardings,
+    check_state_shardings,
+    check_tx,
+    param_shardings,
+    put,
+    split_over,
+    state_shardings,
+)
 
 AxisName = str | tuple[str, ...]
 
@@ -23,10 +31,10 @@ class Zero1:
 
     def init(self, params: optax.Params) -> Any:
         parts = self.parts(params, jax.eval_shape(self.tx.init, params))
-        state = self.tx.init(_placement.put(params, parts))
-        _placement.check_state(state, params, parts)
-        wanted = _placement.of_state(state, params, parts, self.everywhere)
-        return _placement.put(state, wanted)
+        state = self.tx.init(put(params, parts))
+        check_state_shardings(state, params, parts)
+        wanted = state_shardings(state, params, parts, self.everywhere)
+        return put(state, wanted)
 
     def update(
         self,
@@ -38,16 +46,16 @@ class Zero1:
         like = updates if params is None else params
         parts = self.parts(like, state)
         if params is not None:
-            params = _placement.put(params, parts)
-        updates = _placement.put(updates, parts)
+            params = put(params, parts)
+        updates = put(updates, parts)
         updates, state = self.tx.update(updates, state, params, **extra_args)
-        state = _placement.put(state, _placement.of_state(state, like, parts, None))
-        return _placement.put(updates, _placement.of_params(self.shardings, updates)), state
+        state = put(state, state_shardings(state, like, parts, None))
+        return put(updates, param_shardings(self.shardings, updates)), state
 
     def parts(self, params: Any, state: Any) -> Any:
         """The shardings of the parts of the parameters, of which each device has the state."""
-        whole = _placement.of_params(self.shardings, params)
-        return _placement.split_over(self.axes, params, whole, state)
+        whole = param_shardings(self.shardings, params)
+        return split_over(self.axes, params, whole, state)
 
 
 def zero1(
@@ -96,7 +104,7 @@ def zero1(
     Source: Rajbhandari et al., "ZeRO: memory optimizations toward training trillion parameter
     models", arXiv:1910.02054, 2019.
     """
-    _placement.check_tx(tx)
+    check_tx(tx)
     if not isinstance(mesh, Mesh):
         raise TypeError(f"mesh must be a jax.sharding.Mesh, got {mesh!r}")
     axes = axis if isinstance(axis, tuple) else (axis,)
@@ -109,7 +117,7 @@ def zero1(
             f"mesh must have axes that are all Auto or all Explicit, got {mesh.axis_types}"
         )
     everywhere = NamedSharding(mesh, PartitionSpec())
-    _placement.check_shardings(shardings)
+    check_shardings(shardings)
     for sharding in jax.tree.leaves(shardings):
         if sharding.mesh != mesh:
             raise ValueError(f"shardings must be on the mesh {mesh}, got {sharding}")

@@ -9,7 +9,10 @@ import jax.numpy as jnp
 import optax
 
 from rmsprop_jax._rule import rules_of
-from rmsprop_jax.sharding import _placement
+from rmsprop_jax.sharding._placement import (
+    axis_to_split,
+    split_over,
+)
 from rmsprop_jax.sharding._zero1 import AxisName
 
 
@@ -43,10 +46,10 @@ class Zero1Mapped:
 
     def parts(self, params: Any, shardings: Any) -> Any:
         """The shardings of the parts of the parameters, of which each device has the state."""
-        return _placement.split_over(self.axes, params, shardings)
+        return split_over(self.axes, params, shardings)
 
     def _split(self, x: Any) -> int | None:
-        return _placement.axis_to_split([jnp.shape(x)], lax.axis_size(self.axes))
+        return axis_to_split([jnp.shape(x)], lax.axis_size(self.axes))
 
     def _mine(self, x: Any) -> Any:
         """The part of a parameter that is this device's."""
