@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: example example-airfoil test test-oldest compare lint clean
+.PHONY: example example-airfoil test test-oldest test-tpu compare lint clean
 
 example: .venv/examples-installed
 	$(BIN)/python examples/simplenet.py --out out/simplenet.png
@@ -21,6 +21,10 @@ lint: .venv/test-installed
 test-oldest: .venv-oldest/installed
 	.venv-oldest/bin/python -m pytest
 
+# Compiles programs for TPUs and reads them; the compiler is for Linux, and needs no TPU.
+test-tpu: .venv-tpu/installed
+	.venv-tpu/bin/python -m pytest --numprocesses=2 tests/test_tpu.py
+
 # Runs the frameworks themselves beside their recorded runs and our dialects.
 compare: .venv-compare/installed
 	.venv-compare/bin/python tests/compare/record_dialects.py --check
@@ -30,7 +34,7 @@ compare: .venv-compare/installed
 	.venv-compare/bin/python -m pytest tests/test_simplenet.py tests/test_resume_from_pytorch.py
 
 clean:
-	rm -rf .venv .venv-oldest .venv-compare out build dist
+	rm -rf .venv .venv-oldest .venv-tpu .venv-compare out build dist
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed; name one as in: make PYTHON=python3.13")'
@@ -47,6 +51,11 @@ clean:
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet --editable '.[test]' \
 	  jax==0.9.0 jaxlib==0.9.0 optax==0.2.8 chex==0.1.91 flax==0.12.6 orbax-checkpoint==0.12.8
+	touch $@
+
+.venv-tpu/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-tpu
+	.venv-tpu/bin/python -m pip install --quiet --editable . 'jax[tpu]' pytest pytest-xdist
 	touch $@
 
 .venv-compare/installed: pyproject.toml

@@ -26,20 +26,22 @@ def check_shardings(shardings: Any) -> None:
             raise TypeError(f"shardings must be of jax.sharding.NamedSharding, got {sharding!r}")
 
 
-def param_shardings(shardings: Any, params: Any) -> Any:
+def shardings_of_params(shardings: Any, params: Any) -> Any:
     """One sharding for each parameter, from a prefix of the tree of them."""
     check_shardings(shardings)
     return jax.tree.broadcast(shardings, params)
 
 
-def state_shardings(state: Any, params: Any, shardings: Any, others: NamedSharding | None) -> Any:
+def shardings_of_state(
+    state: Any, params: Any, shardings: Any, others: NamedSharding | None
+) -> Any:
     """One sharding for each array of a state: that of its parameter, or the others'.
 
     Of state and params only the structure and shapes count.
     """
     wanted = jax.tree.leaves(shardings)
     found = [others if owner is None else wanted[owner] for owner in _owners(state, params)]
-    return jax.tree.structure(state).unflatten(found)
+    return jax.tree.unflatten(jax.tree.structure(state), found)
 
 
 def check_state_shardings(state: Any, params: Any, shardings: Any) -> None:
@@ -67,7 +69,7 @@ def split_over(axes: Sequence[str], params: Any, shardings: Any, state: Any = No
             shapes[owner].append(array.shape)
     leaves, structure = jax.tree.flatten(shardings)
     split = [_with_axes(axes, *pair) for pair in zip(leaves, shapes, strict=True)]
-    return structure.unflatten(split)
+    return jax.tree.unflatten(structure, split)
 
 
 def axis_to_split(shapes: Sequence[Sequence[int]], n: int) -> int | None:
@@ -123,9 +125,8 @@ def _arrays(state: Any) -> Iterator[tuple[Any, Any, bool]]:
         if not isinstance(node, Joined):
             yield path, node, False
             continue
-        for name, tree in node._asdict().items():
-            for inner, array in tree_leaves_with_path(tree):
-                yield None if name in node.shared else (*path, *inner), array, True
+        for (field, *inner), array in tree_leaves_with_path(node):
+            yield None if field.name in node.shared else (*path, *inner), array, True
 
 
 def _paths(params: Any) -> list[Any]:

@@ -9,8 +9,8 @@ from rmsprop_jax._rule import objects_in
 from rmsprop_jax.sharding._placement import (
     check_state_shardings,
     check_tx,
-    param_shardings,
-    state_shardings,
+    shardings_of_params,
+    shardings_of_state,
 )
 from rmsprop_jax.sharding._zero1 import Zero1
 from rmsprop_jax.sharding._zero1_mapped import Zero1Mapped
@@ -56,7 +56,7 @@ def state_sharding(tx: Any, params: Any, shardings: Any, *, memory_kind: str | N
       >>> state = jax.jit(tx.init, out_shardings=placed)(params)
     """
     check_tx(tx)
-    wanted = param_shardings(shardings, params)
+    wanted = shardings_of_params(shardings, params)
     meshes = {sharding.mesh for sharding in jax.tree.leaves(shardings)}
     if len(meshes) != 1:
         raise ValueError(f"shardings must be on one mesh, got {meshes or shardings}")
@@ -75,7 +75,7 @@ def state_sharding(tx: Any, params: Any, shardings: Any, *, memory_kind: str | N
         params = jax.tree.map(_part, params, wanted)
     state = jax.eval_shape(inner.init, params)
     if isinstance(wrapper, Zero1):
-        own = param_shardings(wrapper.shardings, params)
+        own = shardings_of_params(wrapper.shardings, params)
         if wanted != own:
             raise ValueError(f"shardings must be those of zero1, {own}, got {wanted}")
         wanted = wrapper.parts(params, state)
@@ -83,7 +83,7 @@ def state_sharding(tx: Any, params: Any, shardings: Any, *, memory_kind: str | N
         check_state_shardings(state, params, wanted)
     if memory_kind is not None:
         wanted = jax.tree.map(lambda sharding: sharding.with_memory_kind(memory_kind), wanted)
-    return state_shardings(state, params, wanted, everywhere)
+    return shardings_of_state(state, params, wanted, everywhere)
 
 
 def _part(param: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:

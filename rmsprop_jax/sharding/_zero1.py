@@ -11,10 +11,10 @@ from rmsprop_jax.sharding._placement import (
     check_shardings,
     check_state_shardings,
     check_tx,
-    param_shardings,
     put,
+    shardings_of_params,
+    shardings_of_state,
     split_over,
-    state_shardings,
 )
 
 AxisName = str | tuple[str, ...]
@@ -33,7 +33,7 @@ class Zero1:
         parts = self.parts(params, jax.eval_shape(self.tx.init, params))
         state = self.tx.init(put(params, parts))
         check_state_shardings(state, params, parts)
-        wanted = state_shardings(state, params, parts, self.everywhere)
+        wanted = shardings_of_state(state, params, parts, self.everywhere)
         return put(state, wanted)
 
     def update(
@@ -49,12 +49,12 @@ class Zero1:
             params = put(params, parts)
         updates = put(updates, parts)
         updates, state = self.tx.update(updates, state, params, **extra_args)
-        state = put(state, state_shardings(state, like, parts, None))
-        return put(updates, param_shardings(self.shardings, updates)), state
+        state = put(state, shardings_of_state(state, like, parts, None))
+        return put(updates, shardings_of_params(self.shardings, updates)), state
 
     def parts(self, params: Any, state: Any) -> Any:
         """The shardings of the parts of the parameters, of which each device has the state."""
-        whole = param_shardings(self.shardings, params)
+        whole = shardings_of_params(self.shardings, params)
         return split_over(self.axes, params, whole, state)
 
 
