@@ -77,8 +77,9 @@ def table(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
     head = list(rows[0])
     lines = [head, ["---"] * len(head), *([str(row[key]) for key in head] for row in rows)]
     versions = ", ".join(f"{k} {about[k]}" for k in ("jax", "jaxlib", "optax"))
+    accelerator = "" if about["device"] == "cpu" else f"{about['device']}, "
     return (
         "\n".join("| " + " | ".join(line) + " |" for line in lines)
-        + f"\n\n`{about['command']}`, {about['date']}: {about['processor']}, "
+        + f"\n\n`{about['command']}`, {about['date']}: {accelerator}{about['processor']}, "
         + f"{about['cores']} cores, Python {about['python']}, {versions}."
     )

@@ -16,6 +16,7 @@ import cases
 import low_memory_step
 import record_dialects
 from rmsprop_jax import describe, dialects, recipes, rmsprop, scale_by_rms
+import scaling
 import step
 
 ROOT = Path(__file__).parents[1]
@@ -35,7 +36,7 @@ def test_there_are_snippets():
     assert len(SNIPPETS) >= 6
 
 
-@pytest.mark.parametrize("name", ["step", "low_memory_step", "low_memory_quality"])
+@pytest.mark.parametrize("name", ["step", "low_memory_step", "low_memory_quality", "scaling"])
 def test_a_table_is_what_was_measured(name):
     results = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
     assert _timing.table(results["rows"], results["machine"]) in README
@@ -50,6 +51,15 @@ def test_the_benchmark_runs(capsys):
 def test_the_benchmark_of_low_memory_runs(capsys):
     rows = low_memory_step.main(["--quick"])
     assert len(rows) == len(step.FORMS) * len(low_memory_step.STORAGES) + 1
+    assert _timing.table(rows, _timing.machine()) in capsys.readouterr().out
+
+
+def test_the_benchmark_of_scaling_runs(capsys):
+    rows = scaling.main(["--quick"])
+    assert [row["way"] for row in rows] == [*scaling.WAYS] * 4
+    for row in rows:
+        parts = 1 if row["way"] == "replicated" else row["devices"]
+        assert float(row["state, bytes a parameter"]) == 8 / parts
     assert _timing.table(rows, _timing.machine()) in capsys.readouterr().out
 
 

@@ -447,7 +447,7 @@ REFUSED = [
             rmsprop(0.1), {"w": jnp.ones(12)}, NamedSharding(MESH, P("x"))
         ),
         ValueError,
-        r"parameter 'w' has an array of shape \(12,\), which .*'x'.* does not divide",
+        r"parameter 'w' has the shape \(12,\), which .*'x'.* does not divide",
     ),
     (
         lambda: sharding.state_sharding(
@@ -476,7 +476,7 @@ def test_blocks_that_do_not_divide_are_refused_by_state_sharding_and_cut_otherwi
     tx = rmsprop(0.1, storage=low_memory.q8(16, 0))
     place = NamedSharding(MESH, P(None, "x"))
     with pytest.raises(
-        ValueError, match=r"'[vw]' has an array of shape \(\d, 4\).*with q8, choose"
+        ValueError, match=r"'[vw]' has one number a block, of shape \(\d, 4\).*choose a block"
     ):
         sharding.state_sharding(tx, params, place)
     tx = sharding.zero1(tx, MESH, "x")

@@ -46,14 +46,21 @@ def shardings_of_state(
 
 def check_state_shardings(state: Any, params: Any, shardings: Any) -> None:
     """Refuses shardings that do not divide what belongs to their parameters."""
-    paths, wanted = _paths(params), jax.tree.leaves(shardings)
+    wanted = jax.tree.leaves(shardings)
+    for (path, param), sharding in zip(tree_leaves_with_path(params), wanted, strict=True):
+        if not _fits(sharding, np.shape(param)):
+            raise ValueError(
+                f"parameter {leaf_name(path)!r} has the shape {np.shape(param)}, which "
+                f"{sharding.spec} does not divide on a mesh of {dict(sharding.mesh.shape)}"
+            )
+    paths = _paths(params)
     for array, owner in zip(jax.tree.leaves(state), _owners(state, params), strict=True):
         if owner is not None and not _fits(wanted[owner], array.shape):
             raise ValueError(
-                f"the state of parameter {leaf_name(paths[owner])!r} has an array of shape "
-                f"{array.shape}, which {wanted[owner].spec} does not divide on a mesh of "
-                f"{dict(wanted[owner].mesh.shape)}: with q8, choose a block that divides the "
-                "shards of the last axis, or exempt the parameter"
+                f"the state of parameter {leaf_name(paths[owner])!r} has one number a block, of "
+                f"shape {array.shape}, which {wanted[owner].spec} does not divide on a mesh of "
+                f"{dict(wanted[owner].mesh.shape)}: choose a block that divides the shards of the "
+                "last axis, or exempt the parameter"
             )
 
 
@@ -73,7 +80,9 @@ def split_over(axes: Sequence[str], params: Any, shardings: Any, state: Any = No
 
 
 def axis_to_split(shapes: Sequence[Sequence[int]], n: int) -> int | None:
-    """The first axis along which all of some shapes divide in n parts."""
+    """The first axis along which all of some shapes divide in n parts, if those are several."""
+    if n == 1:
+        return None
     for axis, sizes in enumerate(zip(*shapes, strict=True)):
         if all(size and size % n == 0 for size in sizes):
             return axis
