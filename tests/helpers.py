@@ -1,9 +1,18 @@
 """What several test modules need."""
 
+import collections
+import re
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 import numpy as np
 import optax
+import pytest
+
+COLLECTIVE = re.compile(
+    r"\b(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
+)
 
 
 def gradients(steps, shape=(40,), *, dtype=np.float64, seed=0, low=-6, high=3):
@@ -37,3 +46,46 @@ def assert_close(got, want, rtol, atol):
             atol,
             err_msg=f"step {t}",
         )
+
+
+def assert_same(got, want):
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True
+    ):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
+
+
+def mesh_of(*shape, axis_type=AxisType.Auto):
+    """A mesh of the axes "x" and "y", or "x" alone."""
+    devices, axes = jax.devices()[: np.prod(shape)], ("x", "y")[: len(shape)]
+    return jax.make_mesh(shape, axes, axis_types=(axis_type,) * len(shape), devices=devices)
+
+
+def wait(f):
+    """Two multi-device steps under way at a time can hang a machine of few cores."""
+    return lambda *args: jax.block_until_ready(f(*args))
+
+
+def collectives(program):
+    """How many of each kind are in a compiled program."""
+    return collections.Counter(COLLECTIVE.findall(program.as_text()))
+
+
+def assert_placed(tree, shardings):
+    jax.tree.map(
+        lambda array, place: (
+            array.sharding.is_equivalent_to(place, array.ndim) or pytest.fail(str(array.sharding))
+        ),
+        tree,
+        shardings,
+    )
+
+
+def bytes_held(tree):
+    held = collections.Counter()
+    for array in jax.tree.leaves(tree):
+        for shard in array.addressable_shards:
+            held[shard.device] += shard.data.nbytes
+    return held

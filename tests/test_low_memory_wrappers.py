@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from conversions import FRAMEWORKS, after, tree
+from helpers import assert_same
 from rmsprop_jax import RMSPropState, convert, describe, dialects, low_memory, rmsprop
 from rmsprop_jax._storage import Joined, is_packed, split
 
@@ -60,16 +61,6 @@ def ours(state):
     """The only RMSPropState in a state."""
     (one,) = (leaf for leaf in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(leaf))
     return one
-
-
-def assert_same(got, want):
-    """Bit for bit."""
-    assert jax.tree.structure(got) == jax.tree.structure(want)
-    for (path, a), b in zip(
-        jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True
-    ):
-        assert a.dtype == b.dtype
-        np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
 
 
 def slot(field, name):

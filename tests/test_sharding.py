@@ -1,9 +1,7 @@
 """The same steps on many devices as on one, however parameters, state and data are spread."""
 
-import collections
 import functools
 import itertools
-import re
 
 import jax
 from jax import lax
@@ -14,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 
+from helpers import assert_placed, bytes_held, collectives, mesh_of, wait
 from rmsprop_jax import dialects, low_memory, rmsprop, sharding
 
 SHAPES = {"kernel": (16, 24), "conv": (3, 5, 8), "bias": (24,), "odd": (7,), "scalar": ()}
@@ -40,19 +39,6 @@ WIDE = {
 SOME = ["plain", "centered", "clipped"]
 BOTH = [AxisType.Auto, AxisType.Explicit]
 each_axis_type = pytest.mark.parametrize("axis_type", BOTH, ids=lambda kind: kind.name)
-COLLECTIVE = re.compile(
-    r"\b(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
-)
-
-
-def mesh_of(*shape, axis_type=AxisType.Auto):
-    devices, axes = jax.devices()[: np.prod(shape)], ("x", "y")[: len(shape)]
-    return jax.make_mesh(shape, axes, axis_types=(axis_type,) * len(shape), devices=devices)
-
-
-def wait(f):
-    """Two multi-device steps under way at a time can hang a machine of few cores."""
-    return lambda *args: jax.block_until_ready(f(*args))
 
 
 @functools.cache
@@ -130,34 +116,12 @@ def train(step, params, state, mesh):
     return program, params, state
 
 
-def collectives(program):
-    return collections.Counter(COLLECTIVE.findall(program.as_text()))
-
-
-def assert_placed(tree, shardings):
-    jax.tree.map(
-        lambda array, place: (
-            array.sharding.is_equivalent_to(place, array.ndim) or pytest.fail(str(array.sharding))
-        ),
-        tree,
-        shardings,
-    )
-
-
 def assert_replicated(tree):
     """Every device has the same bits."""
     for array in jax.tree.leaves(tree):
         assert array.is_fully_replicated
         for shard in array.addressable_shards:
             np.testing.assert_array_equal(shard.data, array)
-
-
-def bytes_held(tree):
-    held = collections.Counter()
-    for array in jax.tree.leaves(tree):
-        for shard in array.addressable_shards:
-            held[shard.device] += shard.data.nbytes
-    return held
 
 
 @pytest.mark.parametrize("form", SOME)

@@ -14,8 +14,8 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
+from helpers import assert_placed, bytes_held, mesh_of, wait
 from rmsprop_jax import describe, low_memory, rmsprop, scale_by_rms, sharding
-from test_sharding import DEVICES, assert_placed, bytes_held, mesh_of, wait
 
 SHAPES = {"a": {"kernel": (16, 8), "bias": (8,)}, "kernel": (8,), "scale": (), "odd": (5, 8)}
 SPECS = {
@@ -81,7 +81,7 @@ def by_optax(tx, params, wanted, others):
 
 @pytest.mark.parametrize("name", [name for name in WRAPPED if name != "injected"])
 def test_a_state_is_placed_like_its_parameters(name):
-    mesh, tx = mesh_of(DEVICES), WRAPPED[name]()
+    mesh, tx = mesh_of(8), WRAPPED[name]()
     everywhere = NamedSharding(mesh, P())
     wanted = sharding.state_sharding(tx, PARAMS, where(mesh))
     assert wanted == by_optax(tx, PARAMS, where(mesh), everywhere)
@@ -93,7 +93,7 @@ def test_a_state_is_placed_like_its_parameters(name):
 
 
 def test_hyperparameters_are_everywhere():
-    mesh, tx = mesh_of(DEVICES), WRAPPED["injected"]()
+    mesh, tx = mesh_of(8), WRAPPED["injected"]()
     wanted = sharding.state_sharding(tx, PARAMS, where(mesh))
     assert wanted.inner_state.nu == wanted.inner_state.trace == where(mesh)
     assert set(wanted.hyperparams.values()) == {NamedSharding(mesh, P())}
@@ -111,7 +111,7 @@ IN_EXPLICIT = ["alone", "q8", "chain", "multi steps"]  # init of optax's own has
 )
 def test_zero1_around_wrappers(name, axis_type):
     """The same bits, for gradients that every device has, in the places of state_sharding."""
-    mesh, plain = mesh_of(DEVICES, axis_type=axis_type), WRAPPED[name]()
+    mesh, plain = mesh_of(8, axis_type=axis_type), WRAPPED[name]()
     everywhere = NamedSharding(mesh, P())
     params, tx = jax.device_put(PARAMS, everywhere), sharding.zero1(plain, mesh, "x")
     wanted = sharding.state_sharding(tx, params, everywhere)
@@ -132,7 +132,7 @@ def test_zero1_around_wrappers(name, axis_type):
 
 @pytest.mark.parametrize("storage", [None, low_memory.q8(1, 0)], ids=str)
 def test_a_tree_that_is_one_leaf(storage):
-    mesh = mesh_of(DEVICES)
+    mesh = mesh_of(8)
     place, everywhere = NamedSharding(mesh, P("x")), NamedSharding(mesh, P())
     tx = optax.chain(rmsprop(0.1, storage=storage), optax.add_noise(0.1, 0.5, 0))
     placed = sharding.state_sharding(tx, jnp.ones(16), place)
@@ -143,7 +143,7 @@ def test_a_tree_that_is_one_leaf(storage):
 
 
 def test_shardings_may_be_a_prefix_and_parameters_shapes():
-    mesh = mesh_of(DEVICES)
+    mesh = mesh_of(8)
     shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), PARAMS)
     one = NamedSharding(mesh, P())
     prefix = {"a": NamedSharding(mesh, P("x")), "kernel": one, "scale": one, "odd": one}
@@ -162,7 +162,7 @@ class Net(nn.Module):
 
 
 def test_flax_linen_with_boxes():
-    mesh, net = mesh_of(DEVICES), Net()
+    mesh, net = mesh_of(8), Net()
     shapes = jax.eval_shape(net.init, jax.random.key(0), jnp.ones((1, 4)))
     places = nn.get_sharding(shapes, mesh)
     placed = sharding.state_sharding(rmsprop(0.1), shapes, places)
@@ -176,7 +176,7 @@ def test_flax_linen_with_boxes():
     "axis_type", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name
 )
 def test_flax_nnx_with_zero1(axis_type):
-    mesh = mesh_of(DEVICES, axis_type=axis_type)
+    mesh = mesh_of(8, axis_type=axis_type)
     everywhere = NamedSharding(mesh, P())
     tx = sharding.zero1(rmsprop(0.1, momentum=0.9), mesh, "x")
     with jax.set_mesh(mesh):
@@ -208,7 +208,7 @@ def test_a_checkpoint_is_restored_onto_more_devices(way, tmp_path):
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "state", want)
         checkpointer.wait_until_finished()
-        mesh = mesh_of(DEVICES)
+        mesh = mesh_of(8)
         tx = sharding.zero1(plain, mesh, "x") if way == "zero1" else plain
         whole = NamedSharding(mesh, P()) if way == "zero1" else where(mesh)
         placed = sharding.state_sharding(tx, params, whole)
@@ -236,7 +236,7 @@ NEW = tuple(map(int, jax.__version__.split(".")[:2])) >= (0, 10)
 )
 def test_a_state_in_the_memory_of_the_host(way, axis_type, storage, compiled):
     """In between steps; jax 0.9 cannot compile the way back of only some arrays."""
-    mesh, tx = mesh_of(DEVICES, axis_type=axis_type), RMS(storage=storage)
+    mesh, tx = mesh_of(8, axis_type=axis_type), RMS(storage=storage)
     params = where(mesh) if way == "fsdp" else NamedSharding(mesh, P())
     if way == "zero1":
         tx = sharding.zero1(tx, mesh, "x")
@@ -265,7 +265,7 @@ def test_a_state_in_the_memory_of_the_host(way, axis_type, storage, compiled):
 
 
 def test_the_memory_of_the_host_holds_what_the_device_does_not():
-    mesh = mesh_of(DEVICES)
+    mesh = mesh_of(8)
     host = sharding.state_sharding(RMS(), PARAMS, where(mesh), memory_kind="pinned_host")
     state = jax.device_put(RMS().init(jax.tree.map(jnp.asarray, PARAMS)), host)
     on_device = [a for a in jax.tree.leaves(state) if a.sharding.memory_kind == "device"]
@@ -281,7 +281,7 @@ def test_zero1_of_one_device_and_of_no_parameters():
 
 
 def test_zero1_inside_a_chain():
-    mesh = mesh_of(DEVICES)
+    mesh = mesh_of(8)
     everywhere = NamedSharding(mesh, P())
     inner = sharding.zero1(rmsprop(0.1), mesh, "x")
     tx = optax.chain(optax.clip_by_global_norm(1.0), inner, optax.scale(0.5))
@@ -300,7 +300,7 @@ def test_zero1_inside_a_chain():
 @pytest.mark.parametrize("with_params", [False, True])
 def test_zero1_leaves_a_parameter_out(jit, with_params):
     """A gradient of None keeps its state where and as it is."""
-    mesh, tx = mesh_of(DEVICES), None
+    mesh, tx = mesh_of(8), None
     params = jax.device_put(PARAMS, NamedSharding(mesh, P()))
     tx = sharding.zero1(RMS(), mesh, "x")
     update = jax.jit(tx.update) if jit else tx.update
@@ -332,13 +332,13 @@ DTYPES = ["bfloat16", "float16", "complex64"]
 @pytest.mark.parametrize("mapped", [False, True])
 def test_zero1_of_other_dtypes(dtype, mapped):
     """Updates keep the dtype of the gradients; the state is in float32 all the same."""
-    mesh, plain = mesh_of(DEVICES), RMS()
+    mesh, plain = mesh_of(8), RMS()
     params = jnp.asarray(np.arange(1, 33), dtype)
     state = plain.init(params)
     want, want_state = jax.jit(plain.update)(params, state)
     if mapped:
         tx = sharding.zero1_mapped(plain, "x")
-        copies = jnp.stack([params] * DEVICES)
+        copies = jnp.stack([params] * 8)
         updates, got = wait(jax.pmap(tx.update, axis_name="x"))(
             copies, wait(jax.pmap(tx.init, axis_name="x"))(copies)
         )
@@ -359,13 +359,13 @@ def test_a_forgotten_pmean_cannot_be_noticed():
     """As the README warns: each device goes its own way, without an error."""
     tx = rmsprop(0.1)
     update = wait(jax.pmap(lambda scale, state: tx.update(scale * jnp.arange(4.0), state)))
-    state = wait(jax.pmap(tx.init))(jnp.ones((DEVICES, 4)))
-    _, state = update(jnp.arange(1.0, DEVICES + 1), state)
-    assert len(np.unique(np.asarray(state.nu), axis=0)) == DEVICES
+    state = wait(jax.pmap(tx.init))(jnp.ones((8, 4)))
+    _, state = update(jnp.arange(1.0, 9.0), state)
+    assert len(np.unique(np.asarray(state.nu), axis=0)) == 8
 
 
 def test_check_vma_is_refused_where_gradients_would_be_summed_twice():
-    mesh, tx = mesh_of(DEVICES), sharding.zero1_mapped(rmsprop(0.1), "x")
+    mesh, tx = mesh_of(8), sharding.zero1_mapped(rmsprop(0.1), "x")
     params = jnp.ones(16)
     specs = jax.tree.map(
         lambda place: place.spec, sharding.state_sharding(tx, params, NamedSharding(mesh, P()))
@@ -383,7 +383,7 @@ def test_an_axis_that_is_not_mapped_is_named_by_jax():
         tx.init(jnp.ones(8))
 
 
-MESH = mesh_of(DEVICES)
+MESH = mesh_of(8)
 ALL = NamedSharding(MESH, P())
 MIXED = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto, AxisType.Explicit))
 ZERO = sharding.zero1(rmsprop(0.1), MESH, "x")

@@ -1,0 +1,224 @@
+"""Many processes train one network, and any of them may die: what is lost is a few steps.
+
+    python examples/multi_process.py --processes 2    # so many on this machine, on its CPU
+
+On a cluster, run it once a process, with a folder that all of them see. They find each other:
+
+    # Slurm: a task for each GPU. A task must see all GPUs of its node, so no --gpus-per-task.
+    srun --gpus-per-node=8 --ntasks-per-node=8 python multi_process.py --checkpoint FOLDER
+    # Cloud TPU
+    gcloud compute tpus tpu-vm ssh NAME --worker=all --command="python multi_process.py ..."
+    # Kubernetes: in the pods of a JobSet, or of an Indexed Job with a headless service. But for
+    # TPUs on GKE it needs pip install "jax[k8s]", and pods that may list pods and get jobs.
+    python multi_process.py --checkpoint FOLDER
+    # anywhere else: the same with --process 1, 2 and 3, where HOST is that of process 0
+    python multi_process.py --coordinator HOST:1234 --processes 4 --process 0 --checkpoint FOLDER
+
+The network of simplenet.py learns the airfoil's noise, each device from its part of every batch.
+Every so many steps the parameters and the optimizer's state are saved. If a process dies, the
+others end within seconds, with a code that is not 0; the same command goes on from the last
+checkpoint and ends with the bits of a run that nothing happened to, also with other processes
+that have as many devices. On SIGTERM, which schedulers send before they take a machine away, or
+Ctrl-C with --processes, all save the step they are at and end with code 143. Prints the test loss
+and a hash of the parameters.
+"""
+
+import argparse
+from collections.abc import Sequence
+import functools
+import hashlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+
+from flax import nnx
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+import numpy as np
+import orbax.checkpoint as ocp
+from tqdm import tqdm
+
+import real_data
+from rmsprop_jax import rmsprop
+import simplenet
+from simplenet import Rows, SimpleNet
+
+PATIENCE = 10  # seconds of silence after which a process counts as dead
+
+
+def launch(processes: int, argv: Sequence[str]) -> None:
+    """Runs this program in so many processes, and waits until all have ended."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    env = {"JAX_PLATFORMS": "cpu"} | os.environ | {"JAX_COORDINATOR_BIND_ADDRESS": address}
+    command = [sys.executable, __file__, *argv, "--coordinator", address, "--process"]
+    children = []
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # in the children: Ctrl-C reaches them, too
+        for i in range(processes):
+            children.append(subprocess.Popen([*command, str(i)], env=env))
+            print(f"process {i}: pid {children[i].pid}", flush=True)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        while None in (now := [child.poll() for child in children]) and not any(now):
+            time.sleep(0.1)
+        for child in children:  # if one has failed, the others end by themselves, once connected
+            child.wait(2 * PATIENCE)
+    except (KeyboardInterrupt, subprocess.TimeoutExpired):
+        for child in children:
+            child.terminate()
+        for child in children:
+            child.wait()
+    finally:
+        for child in children:
+            child.kill()
+    codes = [child.wait() for child in children]
+    if any(codes):
+        ends = ", ".join(f"process {i} {end(code)}" for i, code in enumerate(codes))
+        raise SystemExit(
+            f"multi_process.py: {ends}; the same command goes on from the last checkpoint"
+        )
+
+
+def end(code: int) -> str:
+    return f"ended with code {code}" if code >= 0 else f"was ended by {signal.Signals(-code).name}"
+
+
+def load(data: str, seed: int) -> tuple[Rows, Rows, Rows, Rows]:
+    """Inputs and targets to train on, then to test on."""
+    if data == "airfoil":
+        return simplenet.airfoil(seed)
+    return *simplenet.random_samples(seed), *simplenet.random_samples(seed + 1)
+
+
+def train(args: argparse.Namespace, x: Rows, y: Rows) -> tuple[SimpleNet, int]:
+    """The model, and how many steps it has made: fewer than asked for if a SIGTERM came."""
+    me, processes = jax.process_index(), jax.process_count()
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    replicated = NamedSharding(mesh, PartitionSpec())
+    by_row = NamedSharding(mesh, PartitionSpec("data"))
+
+    def create() -> tuple[SimpleNet, nnx.Optimizer]:
+        model = SimpleNet(x.shape[1], nnx.Rngs(args.seed))
+        tx = rmsprop(args.learning_rate, momentum=0.9)
+        return model, nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    graph = nnx.graphdef(nnx.eval_shape(create))
+    state = jax.jit(lambda: nnx.state(create()), out_shardings=replicated)()
+
+    @functools.partial(jax.jit, donate_argnames="state", out_shardings=replicated)
+    def train_step(state: nnx.State, x: jax.Array, y: jax.Array) -> nnx.State:
+        model, optimizer = nnx.merge(graph, state)
+        optimizer.update(model, nnx.grad(simplenet.mse)(model, x, y))
+        return nnx.state((model, optimizer))
+
+    options = ocp.CheckpointManagerOptions(
+        save_interval_steps=args.every, max_to_keep=3, cleanup_tmp_directories=True
+    )
+    # Not in a with statement: left by an exception, it would wait for processes that are gone.
+    manager = ocp.CheckpointManager(args.checkpoint, options=options)
+    step = manager.latest_step() or 0
+    if step:
+        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+        state = manager.restore(step, args=ocp.args.StandardRestore(target))
+    devices = f"{jax.local_device_count()} of {jax.device_count()} devices"
+    print(f"process {me} of {processes}: {devices}, from step {step}", flush=True)
+
+    with tqdm(initial=step, total=args.steps, unit="step", disable=me > 0) as bar:
+        while step < args.steps and not manager.reached_preemption(step):
+            # A batch depends on its step alone, so that a run resumed sees what it would have.
+            rng = np.random.default_rng((args.seed, step))
+            rows = np.split(rng.choice(len(x), args.batch, replace=False), processes)[me]
+            parts = (jax.make_array_from_process_local_data(by_row, a[rows]) for a in (x, y))
+            # Steps under way at once can hang a machine of few cores.
+            state = jax.block_until_ready(train_step(state, *parts))
+            step += 1
+            manager.save(step, args=ocp.args.StandardSave(state))
+            bar.update()
+    if step > (manager.latest_step() or 0):
+        manager.save(step, args=ocp.args.StandardSave(state), force=True)
+    manager.close()
+    return nnx.merge(graph, jax.device_get(state))[0], step
+
+
+def sha256(model: SimpleNet) -> str:
+    """Of the bytes of all parameters."""
+    params = jax.tree.leaves(nnx.state(model, nnx.Param))
+    return hashlib.sha256(b"".join(np.asarray(p).tobytes() for p in params)).hexdigest()
+
+
+def work(args: argparse.Namespace) -> None:
+    """One process of them all."""
+    x, y, x_test, y_test = load(args.data, args.seed)
+    try:
+        jax.distributed.initialize(
+            args.coordinator,
+            args.processes,
+            args.process,
+            cluster_detection_method="deactivate" if args.coordinator else None,
+            heartbeat_timeout_seconds=PATIENCE,
+            shutdown_timeout_seconds=PATIENCE,
+        )
+    except ValueError as error:
+        raise SystemExit(f"multi_process.py: no cluster: {error} Try --processes 2") from None
+    me, devices = jax.process_index(), jax.device_count()
+    if args.batch > len(x) or args.batch % devices:
+        raise SystemExit(
+            f"multi_process.py: --batch must be a multiple of {devices}, the number of devices, "
+            f"and at most {len(x)}"
+        )
+    try:
+        model, step = train(args, x, y)
+    except Exception:
+        traceback.print_exc()
+        saved = max(ocp.utils.checkpoint_steps(args.checkpoint), default=0)
+        print(
+            f"process {me}: cannot go on, maybe as another process is gone; "
+            f"the same command goes on from step {saved}",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)  # sys.exit would wait for the process that is gone
+    if step < args.steps:
+        print(f"process {me}: stopped by SIGTERM, step {step} is saved")
+        sys.exit(128 + signal.SIGTERM)
+    if me == 0:
+        loss = float(simplenet.mse(model, x_test, y_test))
+        print(f"Step {step}, test loss {loss:.4f}, parameters {sha256(model)}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--processes", type=int)
+    parser.add_argument("--coordinator", help="HOST:PORT at which process 0 can be reached")
+    parser.add_argument("--process", type=int, help="which of the processes this one is")
+    parser.add_argument("--data", choices=["random", "airfoil"], default="airfoil")
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--every", type=int, default=50, help="steps from checkpoint to checkpoint")
+    parser.add_argument("--batch", type=int, default=128, help="rows, of all devices together")
+    parser.add_argument("--learning-rate", type=float, default=0.002)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--checkpoint", default="out/multi_process", help="a folder, or gs://...")
+    args = parser.parse_args(argv)
+    if any(n is not None and n < 1 for n in (args.processes, args.steps, args.every, args.batch)):
+        parser.error("--processes, --steps, --every and --batch must be at least 1")
+    if "://" not in args.checkpoint:
+        args.checkpoint = os.path.abspath(args.checkpoint)
+    if args.processes is not None and args.coordinator is None:
+        launch(args.processes, sys.argv[1:] if argv is None else argv)
+    else:
+        work(args)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except real_data.DataError as error:
+        raise SystemExit(f"multi_process.py: {error}") from None
