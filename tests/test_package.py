@@ -71,6 +71,8 @@ ORDER = [
     "low_memory._blocked",
     "low_memory._storages",
     "low_memory",
+    "sharding._arguments",
+    "sharding._owners",
     "sharding._placement",
     "sharding._zero1",
     "sharding._zero1_mapped",

@@ -1,6 +1,6 @@
 """Trees of shardings: of parameters, and of the arrays in a state that belong to them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 import math
 from typing import Any
 
@@ -10,20 +10,8 @@ from jax.tree_util import tree_leaves_with_path
 import numpy as np
 
 from rmsprop_jax._checks import leaf_name
-from rmsprop_jax._storage import Joined
-
-
-def check_tx(tx: Any) -> None:
-    """Refuses what has no init and update."""
-    if not callable(getattr(tx, "init", None)) or not callable(getattr(tx, "update", None)):
-        raise TypeError(f"tx must be a gradient transformation, got {tx!r}")
-
-
-def check_shardings(shardings: Any) -> None:
-    """Refuses a tree with other leaves than NamedShardings."""
-    for sharding in jax.tree.leaves(shardings):
-        if not isinstance(sharding, NamedSharding):
-            raise TypeError(f"shardings must be of jax.sharding.NamedSharding, got {sharding!r}")
+from rmsprop_jax.sharding._arguments import check_shardings
+from rmsprop_jax.sharding._owners import owners
 
 
 def shardings_of_params(shardings: Any, params: Any) -> Any:
@@ -40,7 +28,7 @@ def shardings_of_state(
     Of state and params only the structure and shapes count.
     """
     wanted = jax.tree.leaves(shardings)
-    found = [others if owner is None else wanted[owner] for owner in _owners(state, params)]
+    found = [others if owner is None else wanted[owner] for owner in owners(state, params)]
     return jax.tree.unflatten(jax.tree.structure(state), found)
 
 
@@ -53,8 +41,8 @@ def check_state_shardings(state: Any, params: Any, shardings: Any) -> None:
                 f"parameter {leaf_name(path)!r} has the shape {np.shape(param)}, which "
                 f"{sharding.spec} does not divide on a mesh of {dict(sharding.mesh.shape)}"
             )
-    paths = _paths(params)
-    for array, owner in zip(jax.tree.leaves(state), _owners(state, params), strict=True):
+    paths = [path for path, _ in tree_leaves_with_path(params)]
+    for array, owner in zip(jax.tree.leaves(state), owners(state, params), strict=True):
         if owner is not None and not _fits(wanted[owner], array.shape):
             raise ValueError(
                 f"the state of parameter {leaf_name(paths[owner])!r} has one number a block, of "
@@ -71,7 +59,7 @@ def split_over(axes: Sequence[str], params: Any, shardings: Any, state: Any = No
     shards they divide. What has no such axis, or is split over them already, stays as it is.
     """
     shapes = [[np.shape(param)] for param in jax.tree.leaves(params)]
-    for array, owner in zip(jax.tree.leaves(state), _owners(state, params), strict=True):
+    for array, owner in zip(jax.tree.leaves(state), owners(state, params), strict=True):
         if owner is not None:
             shapes[owner].append(array.shape)
     leaves, structure = jax.tree.flatten(shardings)
@@ -81,10 +69,10 @@ def split_over(axes: Sequence[str], params: Any, shardings: Any, state: Any = No
 
 def axis_to_split(shapes: Sequence[Sequence[int]], n: int) -> int | None:
     """The first axis along which all of some shapes divide in n parts, if those are several."""
-    if n == 1:
+    if n == 1 or any(0 in shape for shape in shapes):
         return None
     for axis, sizes in enumerate(zip(*shapes, strict=True)):
-        if all(size and size % n == 0 for size in sizes):
+        if all(size % n == 0 for size in sizes):
             return axis
     return None
 
@@ -102,44 +90,6 @@ def _put(sharding: NamedSharding | None, x: Any) -> Any:
     if AxisType.Explicit in sharding.mesh.axis_types:
         return jax.reshard(x, sharding)
     return jax.lax.with_sharding_constraint(x, sharding)
-
-
-def _owners(state: Any, params: Any) -> list[int | None]:
-    """For each array of a state, the number of the parameter that it belongs to.
-
-    It has the parameter's path, behind that of the wrappers and fields in which it is, and its
-    shape; or as many axes, in a field whose slots are more than arrays.
-    """
-    numbers = {path: number for number, path in enumerate(_paths(params))}
-    shapes = [np.shape(param) for param in jax.tree.leaves(params)]
-
-    def owner(path: Any, array: Any, joined: bool) -> int | None:
-        for start in range(len(path) + 1):
-            number = numbers.get(path[start:])
-            if number is not None:
-                shape = shapes[number]
-                alike = len(array.shape) == len(shape) if joined else array.shape == shape
-                return number if alike else None
-        return None
-
-    return [None if path is None else owner(path, *rest) for path, *rest in _arrays(state)]
-
-
-def _arrays(state: Any) -> Iterator[tuple[Any, Any, bool]]:
-    """The arrays of a state with their paths, and whether they are part of a Joined field.
-
-    None is the path of what is shared by all leaves of such a field.
-    """
-    for path, node in tree_leaves_with_path(state, is_leaf=lambda node: isinstance(node, Joined)):
-        if not isinstance(node, Joined):
-            yield path, node, False
-            continue
-        for (field, *inner), array in tree_leaves_with_path(node):
-            yield None if field.name in node.shared else (*path, *inner), array, True
-
-
-def _paths(params: Any) -> list[Any]:
-    return [path for path, _ in tree_leaves_with_path(params)]
 
 
 def _with_axes(

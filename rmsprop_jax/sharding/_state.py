@@ -4,11 +4,11 @@ from typing import Any
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
+import numpy as np
 
-from rmsprop_jax._rule import objects_in
+from rmsprop_jax.sharding._arguments import Split, check_axes, check_tx
 from rmsprop_jax.sharding._placement import (
     check_state_shardings,
-    check_tx,
     shardings_of_params,
     shardings_of_state,
 )
@@ -39,8 +39,9 @@ def state_sharding(tx: Any, params: Any, shardings: Any, *, memory_kind: str | N
 
     Raises:
       ValueError: if the blocks of slots in 8 bits do not fit the shards of a parameter; if
-        shardings is no prefix of params, on several meshes, or not that of zero1; if zero1 is
-        inside another wrapper, where it is not known which states are split.
+        shardings is no prefix of params, on several meshes, or not that of zero1; if their mesh has
+        no such axis as zero1_mapped; if one of these two is inside another wrapper, where it is not
+        known which states are split.
       TypeError: if tx is no gradient transformation, or a sharding no NamedSharding.
 
     Example:
@@ -55,29 +56,25 @@ def state_sharding(tx: Any, params: Any, shardings: Any, *, memory_kind: str | N
       data
       >>> state = jax.jit(tx.init, out_shardings=placed)(params)
     """
-    check_tx(tx)
+    wrapper = getattr(getattr(tx, "init", None), "__self__", None)
+    inner = wrapper.tx if isinstance(wrapper, Split) else tx
+    check_tx(inner)
     wanted = shardings_of_params(shardings, params)
     meshes = {sharding.mesh for sharding in jax.tree.leaves(shardings)}
     if len(meshes) != 1:
         raise ValueError(f"shardings must be on one mesh, got {meshes or shardings}")
     everywhere = NamedSharding(meshes.pop(), PartitionSpec())
 
-    wrapper, inner = getattr(tx.init, "__self__", None), tx
-    if isinstance(wrapper, Zero1 | Zero1Mapped):
-        inner = wrapper.tx
-    if any(isinstance(part, Zero1 | Zero1Mapped) for part in objects_in(inner)):
-        raise ValueError(
-            "tx must not have zero1 or zero1_mapped inside another wrapper: put them outside, as "
-            "in zero1(optax.chain(...), mesh, axis)"
-        )
     if isinstance(wrapper, Zero1Mapped):
+        check_axes("axis_name of zero1_mapped", wrapper.axes, everywhere.mesh)
         wanted = wrapper.parts(params, wanted)
         params = jax.tree.map(_part, params, wanted)
     state = jax.eval_shape(inner.init, params)
     if isinstance(wrapper, Zero1):
-        own = shardings_of_params(wrapper.shardings, params)
-        if wanted != own:
-            raise ValueError(f"shardings must be those of zero1, {own}, got {wanted}")
+        own = jax.tree.leaves(shardings_of_params(wrapper.shardings, params))
+        for param, a, b in zip(jax.tree.leaves(params), jax.tree.leaves(wanted), own, strict=True):
+            if not a.is_equivalent_to(b, np.ndim(param)):
+                raise ValueError(f"shardings must be those of zero1, {b}, got {a}")
         wanted = wrapper.parts(params, state)
     if not isinstance(wrapper, Zero1Mapped):
         check_state_shardings(state, params, wanted)
@@ -88,4 +85,5 @@ def state_sharding(tx: Any, params: Any, shardings: Any, *, memory_kind: str | N
 
 def _part(param: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
     """What a device has of a parameter."""
-    return jax.ShapeDtypeStruct(sharding.shard_shape(param.shape), param.dtype)
+    shape = sharding.shard_shape(np.shape(param))
+    return jax.ShapeDtypeStruct(shape, jax.numpy.result_type(param))

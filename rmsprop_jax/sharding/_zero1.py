@@ -7,10 +7,9 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import optax
 
+from rmsprop_jax.sharding._arguments import Split, axes_of, check_axes, check_shardings, check_tx
 from rmsprop_jax.sharding._placement import (
-    check_shardings,
     check_state_shardings,
-    check_tx,
     put,
     shardings_of_params,
     shardings_of_state,
@@ -21,7 +20,7 @@ AxisName = str | tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Zero1:
+class Zero1(Split):
     """What is wrapped, and where; its methods are the two functions of a transformation."""
 
     tx: Any
@@ -44,12 +43,16 @@ class Zero1:
         **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:
         like = updates if params is None else params
+        tx = optax.with_extra_args_support(self.tx)
         parts = self.parts(like, state)
         if params is not None:
             params = put(params, parts)
         updates = put(updates, parts)
-        updates, state = self.tx.update(updates, state, params, **extra_args)
-        state = put(state, shardings_of_state(state, like, parts, None))
+        updates, state = tx.update(updates, state, params, **extra_args)
+        # Where a gradient of None is all that is left of a parameter, its state belongs to none.
+        left_out = any(leaf is None for leaf in jax.tree.leaves(like, is_leaf=lambda x: x is None))
+        others = None if left_out else self.everywhere
+        state = put(state, shardings_of_state(state, like, parts, others))
         return put(updates, shardings_of_params(self.shardings, updates)), state
 
     def parts(self, params: Any, state: Any) -> Any:
@@ -82,8 +85,9 @@ def zero1(
       and eagerly, and whose state is that of tx.
 
     Raises:
-      ValueError: if the mesh has no such axis, or axes of other types; if shardings are on another.
-      TypeError: if tx is no gradient transformation, mesh no Mesh, or a sharding no
+      ValueError: if the mesh has no such axis, or axes of other types; if shardings are on another;
+        if tx has zero1 or zero1_mapped in it.
+      TypeError: if tx is no gradient transformation, mesh no Mesh, axis no name, or a sharding no
         NamedSharding.
 
     Example:
@@ -107,11 +111,8 @@ def zero1(
     check_tx(tx)
     if not isinstance(mesh, Mesh):
         raise TypeError(f"mesh must be a jax.sharding.Mesh, got {mesh!r}")
-    axes = axis if isinstance(axis, tuple) else (axis,)
-    if not axes or any(name not in mesh.axis_names for name in axes):
-        raise ValueError(
-            f"axis must be of the mesh, whose axes are {mesh.axis_names}, got {axis!r}"
-        )
+    axes = axes_of("axis", axis)
+    check_axes("axis", axes, mesh)
     if set(mesh.axis_types) not in ({AxisType.Auto}, {AxisType.Explicit}):
         raise ValueError(
             f"mesh must have axes that are all Auto or all Explicit, got {mesh.axis_types}"

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from rmsprop_jax._rule import rules_of
+from rmsprop_jax.sharding._arguments import Split, axes_of, check_tx
 from rmsprop_jax.sharding._placement import (
     axis_to_split,
     split_over,
@@ -17,7 +18,7 @@ from rmsprop_jax.sharding._zero1 import AxisName
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Zero1Mapped:
+class Zero1Mapped(Split):
     """What is wrapped, and where; its methods are the two functions of a transformation."""
 
     tx: Any
@@ -41,7 +42,8 @@ class Zero1Mapped:
             )
         whole, params = updates, jax.tree.map(self._mine, params)
         updates = jax.tree.map(self._mean, updates)
-        updates, state = self.tx.update(updates, state, params, **extra_args)
+        tx = optax.with_extra_args_support(self.tx)
+        updates, state = tx.update(updates, state, params, **extra_args)
         return jax.tree.map(self._gathered, updates, whole), state
 
     def parts(self, params: Any, shardings: Any) -> Any:
@@ -98,18 +100,19 @@ def zero1_mapped(tx: Any, axis_name: AxisName) -> optax.GradientTransformationEx
     Args:
       tx: a transformation of this library, or ``optax.chain`` or another wrapper with one in it.
         Of ``optax.inject_hyperparams`` it must be inside, as the transformation there is hidden.
-        ``q8`` and ``bfloat16`` round all parts alike unless their own ``axis_name`` is given, and
-        ``min_size`` is of a part.
+        ``q8`` and ``bfloat16`` round with the same random bits in all parts; blocks and
+        ``min_size`` are of a part.
       axis_name: the mapped axis, or a tuple of them.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` whose ``init`` and ``update`` work where the axis
-      is mapped; ``jax.shard_map`` needs ``check_vma=False``. Its state is that of tx for the parts;
-      :func:`state_sharding` gives the specs that put them together.
+      is mapped, and nowhere else; ``jax.shard_map`` needs ``check_vma=False``. Its state is that of
+      tx for the parts, which are not alike: the specs of the state are those of
+      :func:`state_sharding`, never ``P()``.
 
     Raises:
-      ValueError: if tx is cautious, which takes a mean over each leaf; or, in ``update``, where
-        ``check_vma`` is on.
+      ValueError: if tx is cautious, which takes a mean over each leaf, has an ``axis_name`` in its
+        storage, or has zero1 or zero1_mapped in it; or, in ``update``, where ``check_vma`` is on.
       TypeError: if tx is not a transformation of this library, or axis_name no name.
 
     Example:
@@ -126,15 +129,34 @@ def zero1_mapped(tx: Any, axis_name: AxisName) -> optax.GradientTransformationEx
       >>> updates.shape == (n, 4 * n)
       True
 
+      The same in ``shard_map``:
+
+      >>> import functools
+      >>> from jax.sharding import NamedSharding, PartitionSpec as P
+      >>> mesh, params = jax.make_mesh((n,), ("data",)), jnp.ones(4 * n)
+      >>> placed = sharding.state_sharding(tx, params, NamedSharding(mesh, P()))
+      >>> specs = jax.tree.map(lambda sharding: sharding.spec, placed)
+      >>> shard_map = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
+      >>> init = shard_map(tx.init, in_specs=P(), out_specs=specs)
+      >>> update = shard_map(tx.update, in_specs=(P(), specs), out_specs=(P(), specs))
+      >>> updates, state = jax.jit(update)(params, jax.jit(init)(params))
+      >>> updates.shape == state.nu.shape == params.shape
+      True
+
     Source: as :func:`zero1`.
     """
-    if any(rule.variant.cautious for rule in rules_of(tx)):
-        raise ValueError(
-            "tx must not be cautious, which takes a mean over each leaf, where zero1_mapped has "
-            "parts of leaves: use zero1"
-        )
-    axes = axis_name if isinstance(axis_name, tuple) else (axis_name,)
-    if not axes or not all(isinstance(name, str) for name in axes):
-        raise TypeError(f"axis_name must be a name or a tuple of names, got {axis_name!r}")
+    check_tx(tx)
+    axes = axes_of("axis_name", axis_name)
+    for rule in rules_of(tx):
+        if rule.variant.cautious:
+            raise ValueError(
+                "tx must not be cautious, which takes a mean over each leaf, where zero1_mapped "
+                "has parts of leaves: use zero1"
+            )
+        if getattr(rule.variant.storage, "axis_name", None) is not None:
+            raise ValueError(
+                "the storage of tx must not have an axis_name: leaves that zero1_mapped does not "
+                "split would be rounded in another way on each device"
+            )
     wrapped = Zero1Mapped(tx, axes)
     return optax.GradientTransformationExtraArgs(wrapped.init, wrapped.update)

@@ -1,0 +1,52 @@
+"""What a caller may pass to these functions; anything else is refused by name."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from rmsprop_jax._rule import objects_in
+
+
+class Split:
+    """What splits the state of tx over axes of a mesh: zero1 and zero1_mapped."""
+
+    tx: Any
+    axes: tuple[str, ...]
+
+
+def check_tx(tx: Any) -> None:
+    """Refuses what is no transformation, or splits its state already."""
+    if not callable(getattr(tx, "init", None)) or not callable(getattr(tx, "update", None)):
+        raise TypeError(f"tx must be a gradient transformation, got {tx!r}")
+    if any(isinstance(part, Split) for part in objects_in(tx)):
+        raise ValueError(
+            "tx must not have zero1 or zero1_mapped inside it: put them outside, as in "
+            "zero1(optax.chain(...), mesh, axis)"
+        )
+
+
+def axes_of(name: str, value: Any) -> tuple[str, ...]:
+    """A name, or a tuple of different ones, as a tuple."""
+    axes = value if isinstance(value, tuple) else (value,)
+    if not axes or not all(isinstance(axis, str) for axis in axes) or len({*axes}) < len(axes):
+        raise TypeError(f"{name} must be a name or a tuple of different names, got {value!r}")
+    return axes
+
+
+def check_axes(name: str, axes: Sequence[str], mesh: Any) -> None:
+    """Refuses axes that a mesh has not."""
+    if any(axis not in mesh.axis_names for axis in axes):
+        raise ValueError(
+            f"{name} must be of the mesh, whose axes are {mesh.axis_names}, got {axes}"
+        )
+
+
+def check_shardings(shardings: Any) -> None:
+    """Refuses a tree with other leaves than NamedShardings that say where all is."""
+    for sharding in jax.tree.leaves(shardings):
+        if not isinstance(sharding, NamedSharding):
+            raise TypeError(f"shardings must be of jax.sharding.NamedSharding, got {sharding!r}")
+        if PartitionSpec.UNCONSTRAINED in sharding.spec:
+            raise ValueError(f"shardings must not be unconstrained, got {sharding}")
