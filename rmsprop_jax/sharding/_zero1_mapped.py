@@ -63,11 +63,12 @@ class Zero1Mapped(Split):
 
     def _mean(self, g: Any) -> Any:
         """The part that is this device's of the mean of a gradient over all."""
-        axis = self._split(g)
+        axis, n = self._split(g), lax.axis_size(self.axes)
+        if n == 1:  # XLA does not see for itself that nothing is to be done
+            return g
         if axis is None:
             return lax.pmean(g, self.axes)
-        total = lax.psum_scatter(g, self.axes, scatter_dimension=axis, tiled=True)
-        return total / lax.axis_size(self.axes)
+        return lax.psum_scatter(g, self.axes, scatter_dimension=axis, tiled=True) / n
 
     def _gathered(self, u: Any, whole: Any) -> Any:
         """An update, from the parts of all devices."""
