@@ -162,7 +162,7 @@ def work(args: argparse.Namespace) -> None:
             args.process,
             cluster_detection_method="deactivate" if args.coordinator else None,
             heartbeat_timeout_seconds=PATIENCE,
-            shutdown_timeout_seconds=PATIENCE,
+            shutdown_timeout_seconds=6 * PATIENCE,  # one that is slow to end is not dead
         )
     except ValueError as error:
         raise SystemExit(f"multi_process.py: no cluster: {error} Try --processes 2") from None
@@ -185,11 +185,11 @@ def work(args: argparse.Namespace) -> None:
         )
         os._exit(1)  # sys.exit would wait for the process that is gone
     if step < args.steps:
-        print(f"process {me}: stopped by SIGTERM, step {step} is saved")
+        print(f"process {me}: stopped by SIGTERM, step {step} is saved", flush=True)
         sys.exit(128 + signal.SIGTERM)
     if me == 0:
         loss = float(simplenet.mse(model, x_test, y_test))
-        print(f"Step {step}, test loss {loss:.4f}, parameters {sha256(model)}")
+        print(f"Step {step}, test loss {loss:.4f}, parameters {sha256(model)}", flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

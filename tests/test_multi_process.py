@@ -110,7 +110,7 @@ def test_kills_cost_nothing_but_the_steps_since_the_last_checkpoint(start, tmp_p
         time.sleep(rng.uniform(0, 0.03))
         os.kill(run.pid(victim), signal.SIGKILL)
         text, code = run.end(seconds=60)
-        assert code == 1
+        assert code == 1, text
         assert f"process {victim} was ended by SIGKILL" in text
         survivor = 1 - victim
         assert re.search(rf"process {survivor} (ended with code 1|was ended by SIGABRT)", text)
@@ -143,8 +143,8 @@ def test_a_run_that_is_asked_to_stop_saves_the_step_it_is_at(stop, start, tmp_pa
     text, code = run.end()
     assert code == 1
     steps = re.findall(r"process \d: stopped by SIGTERM, step (\d+) is saved\n", text)
-    assert steps == [str(saved(tmp_path, "run"))] * 2
-    assert text.count("ended with code 143") == 2
+    assert steps == [str(saved(tmp_path, "run"))] * 2, text
+    assert text.count("ended with code 143") == 2, text
     assert "Traceback" not in text
 
 
