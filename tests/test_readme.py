@@ -141,5 +141,15 @@ def test_commands_exist():
     assert targets
     for target in targets:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
-    for script in re.findall(r"python ((?:examples|benchmarks|tests)/\S+\.py)", README):
+    gallery = (ROOT / "examples" / "README.md").read_text()
+    for script in re.findall(r"python ((?:examples|benchmarks|tests)/\S+\.py)", README + gallery):
         assert (ROOT / script).is_file(), script
+
+
+def test_the_gallery_has_every_example_and_picture():
+    folder = ROOT / "examples"
+    text = (folder / "README.md").read_text()
+    shown = re.findall(r"!\[.+\]\((pictures/\w+\.png)\)", text)
+    assert sorted(shown) == sorted(str(p.relative_to(folder)) for p in folder.glob("pictures/*"))
+    for script in folder.glob("*.py"):
+        assert script.name in text or script.name == "real_data.py", script
