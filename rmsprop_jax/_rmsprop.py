@@ -69,9 +69,9 @@ def rmsprop(
 
     Args:
       learning_rate: number, in units of the parameters per step. May be 0 or negative.
-      decay: number in [0, 1], the weight of the past in s and m. In the plain form, at 0 the step is
-        learning_rate sign(g), where eps is small beside g^2; at 1, s stays initial_scale, and the
-        rule is gradient descent with the rate learning_rate / sqrt(initial_scale + eps).
+      decay: number in [0, 1], the weight of the past in s and m. In the plain form, the step at 0
+        is learning_rate sign(g), where eps is small beside g^2; at 1, s stays initial_scale, and
+        the rule is gradient descent with the rate learning_rate / sqrt(initial_scale + eps).
       eps: number of at least 0, in units of the gradient squared; of the gradient if outside
         the root.
       initial_scale: s before the first step, at least 0; a number or scalar array. TensorFlow 1

@@ -1,6 +1,7 @@
 """What several test modules need."""
 
 import collections
+import hashlib
 import re
 
 import jax
@@ -9,6 +10,8 @@ from jax.sharding import AxisType
 import numpy as np
 import optax
 import pytest
+
+import real_data
 
 COLLECTIVE = re.compile(
     r"\b(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
@@ -89,3 +92,15 @@ def bytes_held(tree):
         for shard in array.addressable_shards:
             held[shard.device] += shard.data.nbytes
     return held
+
+
+def like_airfoil(folder, monkeypatch):
+    """Puts a file of 203 rows in a folder, and makes it the airfoil's."""
+    rng = np.random.default_rng(0)
+    rows = rng.uniform(1, 2, (203, 6))
+    rows[:, 5] = 100 + rows[:, 0] - np.abs(rows[:, 1] - 1.5)
+    content = "".join("\t".join(f"{v:.5g}" for v in row) + "\r\n" for row in rows).encode()
+    (folder / "wing.dat").write_bytes(content)
+    data_set = real_data.DataSet("wing.dat", "", hashlib.sha256(content).hexdigest())
+    monkeypatch.setitem(real_data.DATA_SETS, "airfoil", data_set)
+    monkeypatch.setenv("RMSPROP_JAX_DATA", str(folder))

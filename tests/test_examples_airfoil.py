@@ -1,7 +1,6 @@
 """The examples on airfoil data, against loops in NumPy in float64 with derivatives by hand."""
 
 import functools
-import hashlib
 import os
 from pathlib import Path
 import re
@@ -14,7 +13,7 @@ import pytest
 import adagrad_vs_rmsprop
 import adaptive_decay
 import airfoil
-import real_data
+from helpers import like_airfoil
 
 EXAMPLES = {
     airfoil: [],
@@ -28,14 +27,7 @@ def data(tmp_path, monkeypatch):
     """The real file where there is one, else one like it: of 203 rows."""
     if os.environ.get("RMSPROP_JAX_DATA"):
         return
-    rng = np.random.default_rng(0)
-    rows = rng.uniform(1, 2, (203, 6))
-    rows[:, 5] = 100 + rows[:, 0] - np.abs(rows[:, 1] - 1.5)
-    content = "".join("\t".join(f"{v:.5g}" for v in row) + "\r\n" for row in rows).encode()
-    (tmp_path / "wing.dat").write_bytes(content)
-    data_set = real_data.DataSet("wing.dat", "", hashlib.sha256(content).hexdigest())
-    monkeypatch.setitem(real_data.DATA_SETS, "airfoil", data_set)
-    monkeypatch.setenv("RMSPROP_JAX_DATA", str(tmp_path))
+    like_airfoil(tmp_path, monkeypatch)
 
 
 def assert_png(file):
@@ -144,7 +136,7 @@ def test_regression_prints_what_it_returns(regression, tmp_path):
     assert_png(tmp_path / "new" / "curves.png")
 
 
-@pytest.mark.skipif("RMSPROP_JAX_DATA" not in os.environ, reason="of the real data")
+@pytest.mark.skipif(not os.environ.get("RMSPROP_JAX_DATA"), reason="of the real data")
 def test_the_last_loss_on_the_real_data_is_near_that_of_least_squares(tmp_path):
     result = airfoil.main(["--out", str(tmp_path / "curves.png")])
     assert result.floor == pytest.approx(0.24169, abs=1e-5)

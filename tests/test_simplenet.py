@@ -1,7 +1,6 @@
 """SimpleNet, trained by the examples' own code, against PyTorch, NumPy and itself in linen."""
 
 import functools
-import hashlib
 import os
 import re
 
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from helpers import like_airfoil
 import real_data
 import record_simplenet
 from rmsprop_jax import rmsprop
@@ -131,14 +131,7 @@ def airfoil(tmp_path, monkeypatch):
     """How many rows are held out: of the real file where there is one, else of one like it."""
     if os.environ.get("RMSPROP_JAX_DATA"):
         return 301
-    rng = np.random.default_rng(0)
-    rows = rng.uniform(1, 2, (203, 6))
-    rows[:, 5] = 100 + rows[:, 0] - np.abs(rows[:, 1] - 1.5)
-    content = "".join("\t".join(f"{v:.5g}" for v in row) + "\r\n" for row in rows).encode()
-    (tmp_path / "wing.dat").write_bytes(content)
-    data_set = real_data.DataSet("wing.dat", "", hashlib.sha256(content).hexdigest())
-    monkeypatch.setitem(real_data.DATA_SETS, "airfoil", data_set)
-    monkeypatch.setenv("RMSPROP_JAX_DATA", str(tmp_path))
+    like_airfoil(tmp_path, monkeypatch)
     return 41
 
 
