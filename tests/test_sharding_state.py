@@ -594,6 +594,9 @@ def test_extra_arguments_reach_those_who_take_them_and_no_others():
     tx = sharding.zero1(inside, MESH, "x")
     _, state = tx.update(params, tx.init(params), params, value=jnp.array(1.0))
     assert state[1].best_value == 1.0
+    tx = sharding.zero1(optax.MultiSteps(inside, 1), MESH, "x")
+    _, state = tx.update(params, tx.init(params), params, value=jnp.array(1.0))
+    assert state.inner_opt_state[1].best_value == 1.0
 
 
 def test_shardings_of_zero1_may_be_spelled_in_other_ways():

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
+import optax
 
 from rmsprop_jax._rule import objects_in
 
@@ -16,8 +17,8 @@ class Split:
     axes: tuple[str, ...]
 
 
-def check_tx(tx: Any) -> None:
-    """Refuses what is no transformation, or splits its state already."""
+def checked(tx: Any) -> Any:
+    """tx, with an update that takes any extra arguments; none that splits its state already."""
     if not callable(getattr(tx, "init", None)) or not callable(getattr(tx, "update", None)):
         raise TypeError(f"tx must be a gradient transformation, got {tx!r}")
     if any(isinstance(part, Split) for part in objects_in(tx)):
@@ -25,6 +26,9 @@ def check_tx(tx: Any) -> None:
             "tx must not have zero1 or zero1_mapped inside it: put them outside, as in "
             "zero1(optax.chain(...), mesh, axis)"
         )
+    # MultiSteps is none, and takes them.
+    plain = isinstance(tx, optax.GradientTransformation)
+    return optax.with_extra_args_support(tx) if plain else tx
 
 
 def axes_of(name: str, value: Any) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 
-from rmsprop_jax.sharding._arguments import Split, check_axes, check_tx
+from rmsprop_jax.sharding._arguments import Split, check_axes, checked
 from rmsprop_jax.sharding._placement import (
     check_state_shardings,
     shardings_of_params,
@@ -58,7 +58,7 @@ def state_sharding(tx: Any, params: Any, shardings: Any, *, memory_kind: str | N
     """
     wrapper = getattr(getattr(tx, "init", None), "__self__", None)
     inner = wrapper.tx if isinstance(wrapper, Split) else tx
-    check_tx(inner)
+    inner = checked(inner)
     wanted = shardings_of_params(shardings, params)
     meshes = {sharding.mesh for sharding in jax.tree.leaves(shardings)}
     if len(meshes) != 1:

@@ -7,7 +7,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import optax
 
-from rmsprop_jax.sharding._arguments import Split, axes_of, check_axes, check_shardings, check_tx
+from rmsprop_jax.sharding._arguments import Split, axes_of, check_axes, check_shardings, checked
 from rmsprop_jax.sharding._placement import (
     check_state_shardings,
     put,
@@ -43,12 +43,11 @@ class Zero1(Split):
         **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:
         like = updates if params is None else params
-        tx = optax.with_extra_args_support(self.tx)
         parts = self.parts(like, state)
         if params is not None:
             params = put(params, parts)
         updates = put(updates, parts)
-        updates, state = tx.update(updates, state, params, **extra_args)
+        updates, state = self.tx.update(updates, state, params, **extra_args)
         # Where a gradient of None is all that is left of a parameter, its state belongs to none.
         left_out = any(leaf is None for leaf in jax.tree.leaves(like, is_leaf=lambda x: x is None))
         others = None if left_out else self.everywhere
@@ -108,7 +107,7 @@ def zero1(
     Source: Rajbhandari et al., "ZeRO: memory optimizations toward training trillion parameter
     models", arXiv:1910.02054, 2019.
     """
-    check_tx(tx)
+    tx = checked(tx)
     if not isinstance(mesh, Mesh):
         raise TypeError(f"mesh must be a jax.sharding.Mesh, got {mesh!r}")
     axes = axes_of("axis", axis)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from rmsprop_jax._rule import rules_of
-from rmsprop_jax.sharding._arguments import Split, axes_of, check_tx
+from rmsprop_jax.sharding._arguments import Split, axes_of, checked
 from rmsprop_jax.sharding._placement import (
     axis_to_split,
     split_over,
@@ -42,8 +42,7 @@ class Zero1Mapped(Split):
             )
         whole, params = updates, jax.tree.map(self._mine, params)
         updates = jax.tree.map(self._mean, updates)
-        tx = optax.with_extra_args_support(self.tx)
-        updates, state = tx.update(updates, state, params, **extra_args)
+        updates, state = self.tx.update(updates, state, params, **extra_args)
         return jax.tree.map(self._gathered, updates, whole), state
 
     def parts(self, params: Any, shardings: Any) -> Any:
@@ -146,7 +145,7 @@ def zero1_mapped(tx: Any, axis_name: AxisName) -> optax.GradientTransformationEx
 
     Source: as :func:`zero1`.
     """
-    check_tx(tx)
+    tx = checked(tx)
     axes = axes_of("axis_name", axis_name)
     for rule in rules_of(tx):
         if rule.variant.cautious:
