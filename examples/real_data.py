@@ -11,12 +11,17 @@ import contextlib
 import gzip
 import hashlib
 import http.client
+import io
 import os
 from pathlib import Path
+import re
 import sys
-from typing import NamedTuple
+import tarfile
+from typing import IO, NamedTuple, cast
 from urllib.error import HTTPError
 from urllib.request import urlopen
+import wave
+import zlib
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,11 +29,17 @@ from tqdm import tqdm
 
 
 class DataSet(NamedTuple):
-    """A file: where it lies within a folder of data, its public home, and its checksum."""
+    """A file: where it lies within a folder of data, its public home, and its checksum.
+
+    With `members`, a pattern, the file is a tar.gz of which only files whose names match are used,
+    and the sha256 is of the lines that `sha256sum` prints for these, sorted by name. So it is the
+    same in whatever archive they come.
+    """
 
     file: str
     url: str
     sha256: str
+    members: str = ""
 
 
 _ZALANDO = "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion"
@@ -63,6 +74,14 @@ DATA_SETS = {
         "tinyshakespeare/input.txt",
         "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
         "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+    ),
+    "spoken_digits": DataSet(
+        "fsdd/fsdd_0-14.tar.gz",
+        "https://github.com/Jakobovski/free-spoken-digit-dataset/archive/refs/tags/v1.0.10.tar.gz",
+        # The release has 50 recordings of each; those of index 0 to 14 are checked and used:
+        # cd recordings; sha256sum *_[0-9].wav *_1[0-4].wav | LC_ALL=C sort -k2 | sha256sum
+        "d35bba486dc0c69a10f0b875db20887b4e6fc54a5ae9e14d2fbca576779e1b4a",
+        members=r"\d_[a-z]+_(?:\d|1[0-4])\.wav",
     ),
 }
 
@@ -105,6 +124,35 @@ def tiny_shakespeare() -> str:
     return path("tiny_shakespeare").read_text("ascii")
 
 
+class SpokenDigits(NamedTuple):
+    """Recordings at 8000 samples a second, int16 of unequal lengths, and their labels, uint8."""
+
+    recordings: list[NDArray[np.int16]]
+    labels: NDArray[np.uint8]
+    test_recordings: list[NDArray[np.int16]]
+    test_labels: NDArray[np.uint8]
+
+
+def spoken_digits() -> SpokenDigits:
+    """Digits spoken in English, 600 recordings to train on and 300 to test on, sorted by digit.
+
+    Of each digit each of six speakers has 15, named by digit, speaker and index; those of index
+    0 to 4 are to test on, as the Free Spoken Digit Dataset has it.
+    """
+    recordings: tuple[list[NDArray[np.int16]], list[NDArray[np.int16]]] = [], []
+    labels: tuple[list[int], list[int]] = [], []
+    data_set = DATA_SETS["spoken_digits"]
+    for name, content in sorted(_members(path("spoken_digits"), data_set.members).items()):
+        digit, _, index = name.removesuffix(".wav").split("_")
+        with wave.open(io.BytesIO(content)) as recording:
+            samples = np.frombuffer(recording.readframes(recording.getnframes()), "<i2")
+        to_test_on = int(index) < 5
+        recordings[to_test_on].append(samples)
+        labels[to_test_on].append(int(digit))
+    train, test = (np.array(of, np.uint8) for of in labels)
+    return SpokenDigits(recordings[0], train, recordings[1], test)
+
+
 def _idx(file: Path) -> NDArray[np.uint8]:
     """The array of bytes in a gzipped IDX file: after its rank come its sizes, 4 bytes each."""
     content = gzip.decompress(file.read_bytes())
@@ -124,14 +172,14 @@ def path(name: str) -> Path:
         advice = "put the right file there, or unset RMSPROP_JAX_DATA to download it"
         if not file.is_file():
             raise DataError(f"{name}: no file {file}; {advice}")
-        if (found := _sha256(file)) != data_set.sha256:
+        if (found := _sha256(file, data_set.members)) != data_set.sha256:
             raise DataError(f"{name}: {file} {_mismatch(found, data_set)}; {advice}")
         return file
 
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     file = cache / "rmsprop_jax" / data_set.file
     if file.is_file():
-        if (found := _sha256(file)) == data_set.sha256:
+        if (found := _sha256(file, data_set.members)) == data_set.sha256:
             return file
         print(f"{name}: {file} {_mismatch(found, data_set)}; downloading it anew", file=sys.stderr)
     _download(name, data_set, file)
@@ -142,7 +190,7 @@ def _download(name: str, data_set: DataSet, file: Path) -> None:
     """Puts the file in its place whole and checked, or not at all."""
     advice = (
         "try again later, or set RMSPROP_JAX_DATA to a folder that holds "
-        f"{data_set.file} with sha256 {data_set.sha256}"
+        f"{data_set.file} with sha256 {_expected(data_set)}"
     )
     part = file.with_name(f"{file.name}.{os.getpid()}.part")
     try:
@@ -154,7 +202,7 @@ def _download(name: str, data_set: DataSet, file: Path) -> None:
                     bar.update(out.write(block))
         if (received := part.stat().st_size) < size:
             raise OSError(f"interrupted after {received} of {size} bytes")
-        if (found := _sha256(part)) != data_set.sha256:
+        if (found := _sha256(part, data_set.members)) != data_set.sha256:
             raise OSError(f"what came {_mismatch(found, data_set)}")
         part.replace(file)
     except (OSError, ValueError, http.client.HTTPException) as error:
@@ -168,13 +216,35 @@ def _download(name: str, data_set: DataSet, file: Path) -> None:
             part.unlink()
 
 
-def _sha256(file: Path) -> str:
+def _members(file: Path, pattern: str) -> dict[str, bytes]:
+    """The files in a tar.gz whose names match, by name; nothing is unpacked to disk."""
+    members = {}
+    with tarfile.open(file, "r:gz") as tar:
+        for member in tar:
+            name = member.name.rpartition("/")[2]
+            if member.isfile() and re.fullmatch(pattern, name):
+                members[name] = cast(IO[bytes], tar.extractfile(member)).read()
+    return members
+
+
+def _sha256(file: Path, members: str) -> str:
+    if members:
+        try:
+            found = sorted(_members(file, members).items())
+        except (tarfile.TarError, zlib.error, gzip.BadGzipFile, EOFError):
+            return "of no whole tar.gz"
+        lines = (f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in found)
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _mismatch(found: str, data_set: DataSet) -> str:
-    return f"has sha256 {found}, expected {data_set.sha256}"
+    return f"has sha256 {found}, expected {_expected(data_set)}"
+
+
+def _expected(data_set: DataSet) -> str:
+    return data_set.sha256 + (f" of its members {data_set.members}" if data_set.members else "")
 
 
 def main() -> None:

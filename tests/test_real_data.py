@@ -4,9 +4,11 @@ import contextlib
 import gzip
 import hashlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import io
 import os
 import socket
 import struct
+import tarfile
 import threading
 
 import numpy as np
@@ -194,6 +196,74 @@ def test_an_empty_variable_is_unset(server, cache, tmp_path, monkeypatch):
     assert server.requests == 2
 
 
+def packed(members):
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w:gz") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return archive.getvalue()
+
+
+A, B = (np.random.default_rng(0).bytes(3000), b"two")
+LINES = f"{hashlib.sha256(A).hexdigest()}  a.wav\n{hashlib.sha256(B).hexdigest()}  b.wav\n"
+OF_MEMBERS = real_data.DataSet(
+    "sub/set.bin", "", hashlib.sha256(LINES.encode()).hexdigest(), r"[a-z]\.wav"
+)
+SAME = {
+    "as they are": packed({"a.wav": A, "b.wav": B}),
+    "in another order and folder": packed({"x/y/b.wav": B, "x/y/a.wav": A}),
+    "among others": packed({"b.wav": B, "ab.wav": b"", "a.wav.txt": b"", "a.wav": A, "c": b""}),
+}
+OTHER = {
+    "another byte": packed({"a.wav": A, "b.wav": b"too"}),
+    "swapped": packed({"a.wav": B, "b.wav": A}),
+    "another name": packed({"a.wav": A, "c.wav": B}),
+    "one more": packed({"a.wav": A, "b.wav": B, "c.wav": b""}),
+    "one less": packed({"a.wav": A}),
+    "none": packed({}),
+}
+NO_ARCHIVE = {
+    "cut": SAME["as they are"][:2000],
+    "a zeroed byte": SAME["as they are"][:2000] + b"\0" + SAME["as they are"][2001:],
+    "no tar within": gzip.compress(A, mtime=0),
+    "empty": b"",
+    "text": b"Not Found",
+}
+
+
+@pytest.mark.parametrize("archive", SAME.values(), ids=SAME)
+def test_members_are_checked_and_not_their_archive(archive, server, cache, tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "WHOLE", archive)
+    monkeypatch.setitem(
+        real_data.DATA_SETS, "set", OF_MEMBERS._replace(url=server.url(), file="set.bin")
+    )
+    for _ in range(2):
+        assert real_data.path("set").read_bytes() == archive
+    assert server.requests == 1
+    monkeypatch.setenv("RMSPROP_JAX_DATA", str(cache))
+    assert real_data.path("set") == cache / "set.bin"
+
+
+@pytest.mark.parametrize(
+    "archive", [*OTHER.values(), *NO_ARCHIVE.values()], ids=[*OTHER, *NO_ARCHIVE]
+)
+def test_other_members_or_none_are_refused(archive, server, cache, tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "WHOLE", archive)
+    monkeypatch.setitem(real_data.DATA_SETS, "set", OF_MEMBERS._replace(url=server.url()))
+    found = "of no whole tar.gz, " if archive in NO_ARCHIVE.values() else "[0-9a-f]{64}, "
+    match = rf"has sha256 {found}expected {OF_MEMBERS.sha256} of its members \[a-z\]"
+    with pytest.raises(real_data.DataError, match=f"cannot download .* {match}"):
+        real_data.path("set")
+    assert files(cache) == {}
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "set.bin").write_bytes(archive)
+    monkeypatch.setenv("RMSPROP_JAX_DATA", str(tmp_path))
+    with pytest.raises(real_data.DataError, match=f"set.bin {match}"):
+        real_data.path("set")
+
+
 def test_an_unknown_name_is_told_the_known_ones():
     with pytest.raises(real_data.DataError, match=r"no data set 'wings'; there are: airfoil"):
         real_data.path("wings")
@@ -247,7 +317,7 @@ def test_tiny_shakespeare_is_the_text_as_it_stands(cache, tmp_path, monkeypatch)
 
 
 def test_files_of_data_sets_and_their_homes_are_different():
-    for column in zip(*real_data.DATA_SETS.values(), strict=True):
+    for column in zip(*(data_set[:3] for data_set in real_data.DATA_SETS.values()), strict=True):
         assert len(set(column)) == len(real_data.DATA_SETS)
     assert all(data_set.url.startswith("https://") for data_set in real_data.DATA_SETS.values())
 
