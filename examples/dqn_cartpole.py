@@ -239,7 +239,8 @@ def draw(result: Result, out: Path) -> None:
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     for agent, returns in enumerate(result.returns):
-        axes.plot(result.steps, returns, linewidth=1, alpha=0.7, label=f"agent {agent}")
+        style = ("-", "--", ":", "-.")[agent % 4]
+        axes.plot(result.steps, returns, style, linewidth=1, alpha=0.7, label=f"agent {agent}")
     axes.plot(result.steps, np.mean(result.returns, axis=0), "k", linewidth=2.5, label="mean")
     axes.axhline(SOLVED, color="black", linestyle="--", linewidth=1, label=f"solved: {SOLVED}")
     label = f"mean return of {EPISODES} greedy episodes"

@@ -166,8 +166,9 @@ def draw(pictures: Pictures, runs: Sequence[Run], out: Path) -> None:
     loss, correct = below.subplots(1, 2)
     for seed, run in enumerate(runs):
         epochs = range(1, len(run.losses) + 1)
-        loss.semilogy(epochs, run.losses, label=f"seed {seed}")
-        correct.plot(epochs, run.accuracies)
+        style = ("-", "--", ":", "-.")[seed % 4]
+        loss.semilogy(epochs, run.losses, style, label=f"seed {seed}")
+        correct.plot(epochs, run.accuracies, style)
     loss.set(xlabel="epoch", ylabel="training loss")
     loss.legend()
     correct.set(xlabel="epoch", ylabel="test accuracy", ylim=(0, 1))
