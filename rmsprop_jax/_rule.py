@@ -42,6 +42,11 @@ class RMSPropState(NamedTuple):
     weight_sum: jax.Array | None
 
 
+def is_ours(value: Any) -> bool:
+    """Whether a node of another transformation's state is one of these."""
+    return isinstance(value, RMSPropState)
+
+
 with contextlib.suppress(ValueError):  # registered already, if this module is reloaded
     export.register_namedtuple_serialization(
         RMSPropState, serialized_name="rmsprop_jax.RMSPropState"

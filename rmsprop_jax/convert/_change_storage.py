@@ -4,9 +4,9 @@ from typing import Any
 
 import jax
 
-from rmsprop_jax._rule import RMSPropState, rules_of
+from rmsprop_jax._rule import RMSPropState, is_ours, rules_of
 from rmsprop_jax._storage import is_packed, join, split
-from rmsprop_jax.convert._state import is_ours, place
+from rmsprop_jax.convert._state import place
 
 
 def change_storage(state: Any, params: Any, tx: Any) -> Any:

@@ -10,7 +10,7 @@ from jax.tree_util import tree_map_with_path
 import numpy as np
 
 from rmsprop_jax._checks import leaf_name
-from rmsprop_jax._rule import RMSPropState, Rule, rules_of
+from rmsprop_jax._rule import RMSPropState, Rule, is_ours, rules_of
 from rmsprop_jax._storage import Slot, is_packed, join, split
 from rmsprop_jax.convert._mapping import (
     Leaf,
@@ -226,7 +226,3 @@ def _square(m: np.ndarray, *, complex_parts: bool) -> np.ndarray:
 
 def _by_parts(f: Callable[[np.ndarray], np.ndarray], z: np.ndarray) -> np.ndarray:
     return f(z.real) + 1j * f(z.imag) if np.iscomplexobj(z) else f(z)
-
-
-def is_ours(value: Any) -> bool:
-    return isinstance(value, RMSPropState)

@@ -7,7 +7,7 @@ import jax
 from jax.tree_util import tree_leaves_with_path
 import numpy as np
 
-from rmsprop_jax._rule import RMSPropState
+from rmsprop_jax._rule import is_ours
 from rmsprop_jax._storage import Joined, is_packed
 
 
@@ -33,8 +33,8 @@ def owners(state: Any, params: Any) -> list[int | None]:
 
 def _arrays(state: Any) -> Iterator[tuple[Any, Sequence[Any], bool]]:
     """The arrays of a state, the paths that their parameter may have, and if they are Joined."""
-    for path, node in tree_leaves_with_path(state, is_leaf=_is_ours):
-        if not _is_ours(node):
+    for path, node in tree_leaves_with_path(state, is_leaf=is_ours):
+        if not is_ours(node):
             yield node, [path[start:] for start in range(len(path) + 1)], False
             continue
         for name, field in node._asdict().items():
@@ -46,10 +46,6 @@ def _arrays(state: Any) -> Iterator[tuple[Any, Sequence[Any], bool]]:
 
 
 _SLOTS = ("nu", "mu", "trace")
-
-
-def _is_ours(node: Any) -> bool:
-    return isinstance(node, RMSPropState)
 
 
 def _joined(field: Any) -> Iterator[tuple[Any, Sequence[Any], bool]]:
