@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: example example-airfoil test test-oldest test-tpu compare lint clean
+.PHONY: example example-airfoil test test-oldest test-tpu test-gpu compare lint clean
 
 example: .venv/examples-installed
 	$(BIN)/python examples/simplenet.py --out out/simplenet.png
@@ -25,6 +25,10 @@ test-oldest: .venv-oldest/installed
 test-tpu: .venv-tpu/installed
 	.venv-tpu/bin/python -m pytest --numprocesses=2 tests/test_tpu.py
 
+# The same for GPUs: jax's CUDA plugin and NVIDIA's assembler, without the libraries for running.
+test-gpu: .venv-gpu/installed
+	.venv-gpu/bin/python -m pytest --numprocesses=2 tests/test_gpu.py
+
 # Runs the frameworks themselves beside their recorded runs and our dialects.
 compare: .venv-compare/installed
 	.venv-compare/bin/python tests/compare/record_dialects.py --check
@@ -34,7 +38,7 @@ compare: .venv-compare/installed
 	.venv-compare/bin/python -m pytest tests/test_simplenet.py tests/test_resume_from_pytorch.py
 
 clean:
-	rm -rf .venv .venv-oldest .venv-tpu .venv-compare out build dist
+	rm -rf .venv .venv-oldest .venv-tpu .venv-gpu .venv-compare .venv-benchmark out build dist
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed; name one as in: make PYTHON=python3.13")'
@@ -56,6 +60,14 @@ clean:
 .venv-tpu/installed: pyproject.toml
 	$(PYTHON) -m venv .venv-tpu
 	.venv-tpu/bin/python -m pip install --quiet --editable . 'jax[tpu]' pytest pytest-xdist
+	touch $@
+
+.venv-gpu/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-gpu
+	.venv-gpu/bin/python -m pip install --quiet --editable . pytest pytest-xdist
+	version=$$(.venv-gpu/bin/python -c 'import jax; print(jax.__version__)'); \
+	.venv-gpu/bin/python -m pip install --quiet --no-deps \
+	  jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version 'nvidia-cuda-nvcc==13.*'
 	touch $@
 
 .venv-compare/installed: pyproject.toml
