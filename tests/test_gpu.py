@@ -1,4 +1,4 @@
-"""Programs for GPUs, compiled ahead of time where jax's CUDA plugin is installed: no GPU is needed."""
+"""Programs for GPUs, compiled ahead of time by jax's CUDA plugin where it is: no GPU is needed."""
 
 import importlib.util
 import math
