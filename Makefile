@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: example example-airfoil test test-oldest test-tpu test-gpu compare lint clean
+.PHONY: example example-airfoil test test-oldest test-tpu test-gpu compare benchmark lint clean
 
 example: .venv/examples-installed
 	$(BIN)/python examples/simplenet.py --out out/simplenet.png
@@ -37,6 +37,12 @@ compare: .venv-compare/installed
 	.venv-compare/bin/python tests/compare/record_resume.py --check
 	.venv-compare/bin/python -m pytest tests/test_simplenet.py tests/test_resume_from_pytorch.py
 
+# Of the processor; benchmarks/README.md says which take longer, and how to measure a GPU.
+benchmark: .venv-benchmark/installed
+	for name in step eager compilation memory low_memory_step report; do \
+	  .venv-benchmark/bin/python benchmarks/$$name.py || exit; \
+	done
+
 clean:
 	rm -rf .venv .venv-oldest .venv-tpu .venv-gpu .venv-compare .venv-benchmark out build dist
 
@@ -64,10 +70,15 @@ clean:
 
 .venv-gpu/installed: pyproject.toml
 	$(PYTHON) -m venv .venv-gpu
-	.venv-gpu/bin/python -m pip install --quiet --editable . pytest pytest-xdist
+	.venv-gpu/bin/python -m pip install --quiet --editable . pytest pytest-xdist tqdm
 	version=$$(.venv-gpu/bin/python -c 'import jax; print(jax.__version__)'); \
 	.venv-gpu/bin/python -m pip install --quiet --no-deps \
 	  jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version 'nvidia-cuda-nvcc==13.*'
+	touch $@
+
+.venv-benchmark/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-benchmark
+	.venv-benchmark/bin/python -m pip install --quiet --editable '.[benchmark]'
 	touch $@
 
 .venv-compare/installed: pyproject.toml

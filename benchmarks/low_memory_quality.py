@@ -23,7 +23,6 @@ largest number in float32; and the step is taken before rounding. All methods ha
 the root and decay .99, the defaults there, but for the regression, whose decay is .999.
 """
 
-import argparse
 import collections
 from collections.abc import Callable, Iterable, Sequence
 import dataclasses
@@ -42,7 +41,7 @@ import optax
 from scipy import stats
 from tqdm import tqdm
 
-import _timing
+import _results
 from rmsprop_jax import low_memory, rmsprop
 from rmsprop_jax._storage import (
     FLOAT32,
@@ -65,7 +64,6 @@ BLOCK = 256  # numbers that share a scale
 MIN_SIZE = 4096  # leaves of fewer elements stay in float32, as in q8
 
 Params = Any
-Row = dict[str, Any]
 Rows = tuple[NDArray[Any], NDArray[Any]]  # inputs and targets, of one length
 
 
@@ -430,7 +428,7 @@ def held(task: Task, storage: Storage) -> tuple[float, float]:
     return small / total, sum(array.nbytes for array in jax.tree.leaves(own)) / total
 
 
-def compare(task: Task, seeds: Sequence[int], bar: tqdm) -> list[Row]:
+def compare(task: Task, seeds: Sequence[int], bar: tqdm) -> list[_results.Row]:
     """A row for each method."""
     rows = []
     for name, storage in METHODS.items():
@@ -445,7 +443,7 @@ def compare(task: Task, seeds: Sequence[int], bar: tqdm) -> list[Row]:
 
 def row(
     task: Task, name: str, share: float, size: float, losses: NDArray[Any], found: Difference
-) -> Row:
+) -> _results.Row:
     itself = name == "float32"
     return {
         "task": task.name,
@@ -459,12 +457,8 @@ def row(
     }
 
 
-def main(argv: list[str] | None = None) -> list[Row]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true")
-    quick = parser.parse_args(argv).quick
+def main(argv: list[str] | None = None) -> list[_results.Row]:
+    quick = _results.parse(_results.parser(__doc__), argv).quick
 
     text = real_data.tiny_shakespeare()
     tasks = [clothes(real_data.fashion_mnist()), characters(text), words(text), regression()]
@@ -476,10 +470,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
     with tqdm(total=len(tasks) * len(METHODS) * len(seeds), unit="run") as bar:
         for task in tasks:
             rows += compare(task, seeds, bar)
-    if not quick:
-        print(f"wrote {_timing.save('low_memory_quality', rows)}\n")
-    print(_timing.table(rows, _timing.machine()))
-    return rows
+    return _results.finish("low_memory_quality", rows, quick)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ times do not show how a step scales. Bytes and collectives are those of devices 
 compiles for processors. With accelerators the result file is named after them.
 """
 
-import argparse
 import collections
 from collections.abc import Callable
 import functools
@@ -40,6 +39,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 import optax
 
+import _results
 import _timing
 from rmsprop_jax import rmsprop, sharding
 
@@ -48,7 +48,6 @@ COLLECTIVES = re.compile(
     r" (all-reduce|reduce-scatter|all-gather|all-to-all|collective-permute)(?:-start)?\("
 )
 LAYERS = 4
-Row = dict[str, Any]
 
 
 class Step(NamedTuple):
@@ -133,7 +132,7 @@ def held(tree: Any) -> int:
     return max(held_by.values())
 
 
-def row(devices: int, way: str, step: Step, pair: _timing.Pair) -> Row:
+def row(devices: int, way: str, step: Step, pair: _timing.Pair) -> _results.Row:
     return {
         "devices": devices,
         "way": way,
@@ -144,18 +143,14 @@ def row(devices: int, way: str, step: Step, pair: _timing.Pair) -> Row:
         "collectives": step.collectives or "none",
         "replicated (ms)": f"{1e3 * pair.theirs:.1f}",
         "this way (ms)": f"{1e3 * pair.ours:.1f}",
-        "ratio": f"{pair.ratio:.2f}",
-        "quartiles": "{:.2f} to {:.2f}".format(*pair.quartiles),
+        **pair.columns(),
     }
 
 
-def main(argv: list[str] | None = None) -> list[Row]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true")
+def main(argv: list[str] | None = None) -> list[_results.Row]:
+    parser = _results.parser(__doc__)
     parser.add_argument("--width", type=int, help="of each layer: 1024, or 64 if quick")
-    args = parser.parse_args(argv)
+    args = _results.parse(parser, argv)
 
     width, batch, pairs = (64, 16, 2) if args.quick else (1024, 256, 20)
     width = args.width or width
@@ -168,12 +163,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
             pair = _timing.compare((steps["replicated"].run, step.run), pairs)
             rows.append(row(n, way, step, pair))
             print(rows[-1], flush=True)
-    if not args.quick:
-        device = devices[0]
-        name = "" if device.platform == "cpu" else f"_{device.device_kind}".replace(" ", "_")
-        print(f"wrote {_timing.save(f'scaling{name}', rows)}\n")
-    print(_timing.table(rows, _timing.machine()))
-    return rows
+    return _results.finish("scaling", rows, args.quick)
 
 
 if __name__ == "__main__":

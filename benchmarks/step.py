@@ -1,142 +1,81 @@
-"""Is it as fast as optax.rmsprop? Jitted steps, eager updates, tracing and memory, side by side.
+"""How long is a step beside the same step of other libraries, and beside what the memory allows?
 
-    python benchmarks/step.py             # a few minutes; writes benchmarks/results/step.json
+    python benchmarks/step.py             # minutes; writes results/step.json
     python benchmarks/step.py --quick     # seconds; only shows that it runs, and writes nothing
 
-Ratios are ours / theirs, medians over alternating pairs, with their quartiles: below 1, we are
-faster. A step is update and apply_updates with donated buffers; temporary memory is what its
-compiled form needs beside them.
+A step is update and apply_updates, jitted, with donated buffers. Keras runs on JAX, jitted and
+donated too; PyTorch eagerly, over all arrays at once (foreach) or one after the other (single).
+Those that are not installed are left out.
+
+Ratios are ours / theirs, medians over alternating pairs, that of Optax with its quartiles: below 1,
+we are faster. GB/s counts what any implementation has to move, once: gradients read, parameters and
+state read and written; its share is of what a kernel that adds 1 to an array as large as all
+parameters reads and writes in the same seconds, timed in alternation with ours. Temporary bytes are
+what the compiled step needs beside its arguments, a parameter.
 """
 
-import argparse
-from collections.abc import Callable
+from collections.abc import Sequence
 import functools
 import gc
-from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
+from tqdm import tqdm
 
+import _results
 import _timing
-from rmsprop_jax import rmsprop
+import libraries
+from libraries import FORMS
+from trees import TREES, Shapes, parameters
 
-FORMS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "momentum": {"momentum": 0.9},
-    "centered, momentum": {"centered": True, "momentum": 0.9},
-}
-Make = Callable[..., optax.GradientTransformation]
-Row = dict[str, Any]
+SLOTS = {"plain": 1, "momentum": 2, "centered, momentum": 3}
+ONE_LEAF: Shapes = [(4096, 4096)]
 
 
-def small_leaves(leaves: int, shapes: int) -> dict[str, jax.Array]:
-    """A tree of leaves so small that the time is all overhead."""
-    return {f"leaf{i}": jnp.ones((3 + i % shapes, 7)) for i in range(leaves)}
+def compare(theirs: libraries.Step, ours: libraries.Step, steps: int, pairs: int) -> _timing.Pair:
+    sides = [functools.partial(step.run, steps) for step in (theirs, ours)]
+    return _timing.compare(sides, pairs).per(steps)
 
 
-def step_of(make: Make, form: dict[str, Any]) -> tuple[Any, Callable[..., Any]]:
-    tx = make(1e-3, **form)
+def row(name: str, form: str, shapes: Shapes, steps: int, pairs: int) -> _results.Row:
+    ours = libraries.ours(FORMS[form], shapes)
+    numbers = parameters(shapes)
+    needed = 4 + 8 * (1 + SLOTS[form])  # bytes a parameter
 
-    def step(params: Any, state: Any, grads: Any) -> Any:
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    return tx, step
-
-
-def jitted(form: str, elements: int, steps: int, pairs: int) -> Row:
-    """One large leaf, where the memory bus sets the pace."""
-    grads = jnp.asarray(np.random.default_rng(0).standard_normal(elements, dtype=np.float32))
-    sides: list[Callable[[], Any]] = []
-    temporary = []
-    for make in (optax.rmsprop, rmsprop):
-        tx, step = step_of(make, FORMS[form])
-        params = jnp.ones(elements)
-        carry = [params, tx.init(params)]
-        compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*carry, grads).compile()
-        memory = compiled.memory_analysis()
-        temporary.append(memory.temp_size_in_bytes if memory else "unknown")
-
-        def run(compiled: Any = compiled, carry: list[Any] = carry) -> Any:
-            for _ in range(steps):
-                carry[:] = compiled(*carry, grads)
-            return carry
-
-        sides.append(run)
-    pair = _timing.compare(sides, pairs)
-    what = f"jitted step, {elements:,} elements"
-    per_step = pair._replace(theirs=pair.theirs / steps, ours=pair.ours / steps)
-    return row(what, form, per_step, f"{temporary[0]} / {temporary[1]}")
-
-
-def eager(form: str, leaves: int, pairs: int) -> Row:
-    """An update outside jit: the time of dispatch."""
-    tree = small_leaves(leaves, 60)
-    sides: list[Callable[[], Any]] = []
-    for make in (optax.rmsprop, rmsprop):
-        tx = make(1e-3, **FORMS[form])
-        sides.append(functools.partial(tx.update, tree, tx.init(tree)))
-    return row(f"eager update, {leaves} leaves", form, _timing.compare(sides, pairs))
-
-
-def traced(form: str, leaves: int, shapes: int, pairs: int) -> Row:
-    """Tracing and lowering of a step, with nothing cached."""
-    tree = small_leaves(leaves, shapes)
-    sides: list[Callable[[], Any]] = []
-    for make in (optax.rmsprop, rmsprop):
-        tx, step = step_of(make, FORMS[form])
-        state = tx.init(tree)
-
-        def run(step: Callable[..., Any] = step, state: Any = state) -> None:
-            jax.clear_caches()
-            gc.collect()
-            jax.jit(lambda *args: step(*args)).trace(tree, state, tree).lower()
-
-        sides.append(run)
-    return row(
-        f"trace and lower, {leaves} leaves of {shapes} shapes", form, _timing.compare(sides, pairs)
-    )
-
-
-def row(what: str, form: str, pair: _timing.Pair, temporary: str = "") -> Row:
-    low, high = pair.quartiles
-    return {
-        "what": what,
+    copy = compare(libraries.copy(numbers), ours, steps, pairs)
+    row = {
+        "parameters": name,
         "form": form,
-        "optax (ms)": f"{1e3 * pair.theirs:.2f}",
-        "ours (ms)": f"{1e3 * pair.ours:.2f}",
-        "ratio": f"{pair.ratio:.2f}",
-        "quartiles": f"{low:.2f} to {high:.2f}",
-        "temporary bytes, optax / ours": temporary,
+        "ours (ms)": f"{1e3 * copy.ours:.2f}",
+        "GB/s": f"{needed * numbers / copy.ours / 1e9:.0f}",
+        "of a copy's": f"{needed / 8 / copy.ratio:.0%}",
+        "temporary, ours": f"{ours.temporary / numbers:.2f}",
     }
+    for library, make in libraries.others().items():
+        theirs = make(FORMS[form], shapes)
+        pair = compare(theirs, ours, steps, pairs)
+        row[f"ours / {library}"] = f"{pair.ratio:.2f}"
+        if library == "optax":
+            row["quartiles"] = pair.columns()["quartiles"]
+            row["temporary, optax"] = f"{theirs.temporary / numbers:.2f}"
+        del theirs
+        gc.collect()
+    return row
 
 
-def main(argv: list[str] | None = None) -> list[Row]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true")
-    quick = parser.parse_args(argv).quick
-
-    elements, pairs = (100_000, 2) if quick else (16_000_000, 30)
-    eager_leaves = 10 if quick else 161
+def main(argv: Sequence[str] | None = None) -> list[_results.Row]:
+    quick = _results.parse(_results.parser(__doc__), argv).quick
+    networks = {"one leaf, 16.8M": ONE_LEAF} | TREES
+    if quick:
+        networks = {"one leaf": [(64, 64)], "two leaves": [(8, 8), (8,)]}
     rows = []
-    for form in FORMS:
-        rows.append(jitted(form, elements, 5, pairs))
-        print(rows[-1], flush=True)
-    for form in FORMS:
-        rows.append(eager(form, eager_leaves, pairs))
-        print(rows[-1], flush=True)
-    for leaves, shapes in ((20, 6),) if quick else ((700, 60), (100, 100)):
-        for form in FORMS:
-            rows.append(traced(form, leaves, shapes, 2 if quick else 9))
-            print(rows[-1], flush=True)
-    if not quick:
-        print(f"wrote {_timing.save('step', rows)}\n")
-    print(_timing.table(rows, _timing.machine()))
-    return rows
+    with tqdm(total=len(networks) * len(FORMS), unit="row") as bar:
+        for name, shapes in networks.items():
+            steps = 1 if quick else max(1, 10**8 // parameters(shapes))
+            pairs = 2 if quick else 10 if len(shapes) == 1 else 5
+            for form in FORMS:
+                bar.set_description(f"{name}, {form}")
+                rows.append(row(name, form, shapes, steps, pairs))
+                bar.update()
+    return _results.finish("step", rows, quick)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tqdm import tqdm
 
-import _timing
+import _results
 import low_memory_quality as quality
 import real_data
 from rmsprop_jax import rmsprop
@@ -221,7 +221,7 @@ def test_shrinking_gradients_tell_the_controls_from_q8_and_bfloat16():
 
 def test_what_was_measured_is_what_the_docstrings_say():
     """Ours within the margin in all tasks, and each control outside of it in some."""
-    record = json.loads((_timing.RESULTS / "low_memory_quality.json").read_text())
+    record = json.loads((_results.RESULTS / "low_memory_quality.json").read_text())
     verdicts = {name: set() for name in quality.METHODS}
     for row in record["rows"]:
         verdicts[row["state"]].add(row["within 3%"])
@@ -237,10 +237,10 @@ def test_the_script_runs(monkeypatch, capsys):
         monkeypatch.setattr(quality, name, lambda data: quality.regression())
     few = {name: quality.METHODS[name] for name in ("float32", OURS[0])}
     monkeypatch.setattr(quality, "METHODS", few)
-    monkeypatch.setattr(_timing, "save", lambda *_: pytest.fail("--quick writes nothing"))
+    monkeypatch.setattr(_results, "save", lambda *_: pytest.fail("--quick writes nothing"))
     rows = quality.main(["--quick"])
     assert [row["state"] for row in rows] == [*few] * 4
-    assert _timing.table(rows, _timing.machine()) in capsys.readouterr().out
+    assert _results.table(rows, _results.machine()) in capsys.readouterr().out
 
 
 def test_words_are_numbered_from_the_most_frequent_and_others_are_0():

@@ -4,20 +4,15 @@ import contextlib
 import inspect
 import io
 import itertools
-import json
 from pathlib import Path
 import re
 
 import optax
 import pytest
 
-import _timing
 import cases
-import low_memory_step
 import record_dialects
-from rmsprop_jax import describe, dialects, recipes, rmsprop, scale_by_rms
-import scaling
-import step
+from rmsprop_jax import describe, dialects, low_memory, recipes, rmsprop, scale_by_rms
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -34,33 +29,6 @@ def test_snippet(code, printed):
 
 def test_there_are_snippets():
     assert len(SNIPPETS) >= 6
-
-
-@pytest.mark.parametrize("name", ["step", "low_memory_step", "low_memory_quality", "scaling"])
-def test_a_table_is_what_was_measured(name):
-    results = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
-    assert _timing.table(results["rows"], results["machine"]) in README
-
-
-def test_the_benchmark_runs(capsys):
-    rows = step.main(["--quick"])
-    assert [row["form"] for row in rows] == [*step.FORMS] * 3
-    assert _timing.table(rows, _timing.machine()) in capsys.readouterr().out
-
-
-def test_the_benchmark_of_low_memory_runs(capsys):
-    rows = low_memory_step.main(["--quick"])
-    assert len(rows) == len(step.FORMS) * len(low_memory_step.STORAGES) + 1
-    assert _timing.table(rows, _timing.machine()) in capsys.readouterr().out
-
-
-def test_the_benchmark_of_scaling_runs(capsys):
-    rows = scaling.main(["--quick"])
-    assert [row["way"] for row in rows] == [*scaling.WAYS] * 4
-    for row in rows:
-        parts = 1 if row["way"] == "replicated" else row["devices"]
-        assert float(row["state, bytes a parameter"]) == 8 / parts
-    assert _timing.table(rows, _timing.machine()) in capsys.readouterr().out
 
 
 def rows(heading):
@@ -129,9 +97,38 @@ def test_the_table_of_errors_is_of_the_recorded_runs():
         assert all(float(e) <= limit for e, limit in zip(errors, limits, strict=True) if e)
 
 
-def test_links_and_pictures_lead_somewhere():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert target.startswith("https://") or (ROOT / target).exists(), target
+PAGES = ["README.md", "docs/guide.md", "examples/README.md", "benchmarks/README.md"]
+
+
+def anchors(page):
+    """Of its headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_pictures_lead_somewhere(page):
+    page = ROOT / page
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        if target.startswith("https://"):
+            continue
+        file, _, heading = target.partition("#")
+        there = page.parent / file if file else page
+        assert there.exists(), target
+        assert not heading or heading in anchors(there), target
+
+
+def test_the_guide_speaks_of_examples_that_are_there():
+    guide = (ROOT / "docs" / "guide.md").read_text()
+    scripts = re.findall(r"`(\w+\.py)[ \w-]*`", guide)
+    assert len(set(scripts)) >= 8
+    for script in scripts:
+        assert (ROOT / "examples" / script).is_file(), script
+    names = {"dialects": dialects, "recipes": recipes, "low_memory": low_memory, "optax": optax}
+    for module, name in re.findall(r"`(dialects|recipes|low_memory|optax)\.([\w.]+)", guide):
+        thing = names[module]
+        for part in name.split("."):
+            thing = getattr(thing, part)
 
 
 def test_commands_exist():

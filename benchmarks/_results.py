@@ -1,0 +1,95 @@
+"""What every benchmark shares: its flags, where its rows go, and how they are printed."""
+
+import argparse
+from collections.abc import Sequence
+import datetime
+import importlib.metadata
+import json
+import os
+from pathlib import Path
+import platform
+import sys
+from typing import Any
+
+import jax
+
+RESULTS = Path(__file__).parent / "results"
+Row = dict[str, Any]
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """With the flags of every benchmark."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="only show that it runs")
+    parser.add_argument("--device", choices=["cpu", "gpu", "tpu"], help="default: what jax finds")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the flags, and turns jax to the device; before anything else asks for one."""
+    args = parser.parse_args(argv)
+    if args.device:
+        jax.config.update("jax_platforms", {"gpu": "cuda"}.get(args.device, args.device))
+        if args.device != (found := jax.devices()[0].platform):
+            parser.error(f"--device {args.device}: jax has been started on {found}")
+    return args
+
+
+def finish(benchmark: str, rows: list[Row], quick: bool) -> list[Row]:
+    """Writes the rows to results/, unless quick, and prints them as a table."""
+    if not quick:
+        print(f"wrote {save(benchmark, rows)}\n")
+    print(table(rows, machine()))
+    return rows
+
+
+def save(benchmark: str, rows: list[Row]) -> Path:
+    """With the machine; results of an accelerator are named after it."""
+    device = jax.devices()[0]
+    kind = "" if device.platform == "cpu" else f"_{device.device_kind}".replace(" ", "_")
+    RESULTS.mkdir(exist_ok=True)
+    file = RESULTS / f"{benchmark}{kind}.json"
+    file.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=2) + "\n")
+    return file
+
+
+def machine() -> dict[str, Any]:
+    """Where, with what, when and by which command something was measured."""
+    about = {
+        "command": " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "device": jax.devices()[0].device_kind,
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+    }
+    for package in ("jax", "jaxlib", "optax", "numpy"):
+        about[package] = importlib.metadata.version(package)
+    for package in ("torch", "keras"):  # where the benchmark has used them
+        if package in sys.modules:
+            about[package] = importlib.metadata.version(package)
+    return about
+
+
+def _processor() -> str:
+    if Path("/proc/cpuinfo").exists():
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def table(rows: list[Row], about: dict[str, Any]) -> str:
+    """Rows as a Markdown table, with a line under it that says where they come from."""
+    head = list(rows[0])
+    lines = [head, ["---"] * len(head), *([str(row[key]) for key in head] for row in rows)]
+    packages = ("jax", "jaxlib", "optax", "keras", "torch")
+    versions = ", ".join(f"{package} {about[package]}" for package in packages if package in about)
+    accelerator = "" if about["device"] == "cpu" else f"{about['device']}, "
+    return (
+        "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        + f"\n\n`{about['command']}`, {about['date']}: {accelerator}{about['processor']}, "
+        + f"{about['cores']} cores, Python {about['python']}, {versions}."
+    )

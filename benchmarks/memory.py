@@ -1,0 +1,73 @@
+"""How many bytes does the state hold, and how many does a step need on top?
+
+    python benchmarks/memory.py             # seconds; writes results/memory.json
+    python benchmarks/memory.py --quick     # the same of a small tree, and writes nothing
+
+Bytes are a parameter: of all arrays of the state, and of the temporary memory of a compiled step
+(update and apply_updates, donated) over one leaf of 16.8 million parameters. Optax's state is that
+of optax.rmsprop. That of bitsandbytes' RMSprop, which has neither momentum nor a centered form, is
+counted by the rule of its source (version 0.50.2, `optim/optimizer.py`): a byte a number and a
+float32 for each 256 numbers, and float32 for arrays of fewer than 4096.
+"""
+
+from collections.abc import Sequence
+import math
+from typing import Any
+
+import jax
+import optax
+from tqdm import tqdm
+
+import _results
+import libraries
+from libraries import FORMS
+from rmsprop_jax import low_memory, rmsprop
+from trees import TREES, Shapes, parameters
+
+STORAGES = {"float32": None, "bfloat16": low_memory.bfloat16(), "q8": low_memory.q8()}
+
+
+def state(tx: optax.GradientTransformation, shapes: Shapes) -> float:
+    """Bytes a parameter; nothing is allocated."""
+    arrays = jax.eval_shape(tx.init, [jax.ShapeDtypeStruct(shape, "float32") for shape in shapes])
+    held = sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(arrays))
+    return held / parameters(shapes)
+
+
+def bitsandbytes(shapes: Shapes) -> float:
+    sizes = [math.prod(shape) for shape in shapes]
+    held = sum(4 * size if size < 4096 else size + 4 * -(-size // 256) for size in sizes)
+    return held / sum(sizes)
+
+
+def transformations(form: str) -> dict[str, optax.GradientTransformation]:
+    switches: dict[str, Any] = FORMS[form]
+    ours = {name: rmsprop(1e-3, **switches, storage=storage) for name, storage in STORAGES.items()}
+    return {"optax": optax.rmsprop(1e-3, **switches)} | ours
+
+
+def main(argv: Sequence[str] | None = None) -> list[_results.Row]:
+    quick = _results.parse(_results.parser(__doc__), argv).quick
+    one_leaf: Shapes = [(4096, 4096)]
+    networks = {"one leaf, 16.8M": one_leaf} | TREES
+    if quick:
+        one_leaf = [(64, 64)]
+        networks = {"one leaf": one_leaf, "two leaves": [(64, 64), (8,)]}
+    rows = []
+    for form in tqdm(FORMS, unit="form"):
+        txs = transformations(form)
+        for name, shapes in networks.items():
+            row = {"parameters": name, "form": form}
+            row |= {f"state, {which}": f"{state(tx, shapes):.3f}" for which, tx in txs.items()}
+            row["state, bitsandbytes"] = f"{bitsandbytes(shapes):.3f}" if form == "plain" else ""
+            for which, tx in txs.items():
+                temporary = ""
+                if shapes == one_leaf:
+                    temporary = f"{libraries.of(tx, shapes).temporary / parameters(shapes):.2f}"
+                row[f"temporary, {which}"] = temporary
+            rows.append(row)
+    return _results.finish("memory", rows, quick)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""The benchmarks run, count right, and their pages say what their results say."""
+
+import itertools
+import json
+import re
+import time
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+import _results
+import _timing
+import compilation
+import eager
+import libraries
+import low_memory_step
+import many_leaves
+import memory
+import report
+from rmsprop_jax import rmsprop
+import scaling
+import step
+import trees
+
+BENCHMARKS = {
+    step: 6,
+    eager: 3,
+    compilation: 3,
+    memory: 6,
+    low_memory_step: 7,
+    many_leaves: 4,
+    scaling: 16,
+}
+
+
+@pytest.fixture(autouse=True)
+def _optax_only(monkeypatch):
+    """Wherever other libraries are installed: they are slow to import."""
+    monkeypatch.setattr(libraries, "others", lambda: {"optax": libraries.theirs})
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "rows"), BENCHMARKS.items(), ids=lambda one: getattr(one, "__name__", "")
+)
+def test_a_benchmark_runs(benchmark, rows, capsys, monkeypatch):
+    monkeypatch.setattr(_results, "save", lambda *_: pytest.fail("--quick writes nothing"))
+    found = benchmark.main(["--quick"])
+    assert len(found) == rows
+    assert _results.table(found, _results.machine()) in capsys.readouterr().out
+    for row in found:
+        assert [*row] == [*found[0]]
+
+
+def test_every_benchmark_is_tested_and_on_the_page():
+    scripts = {file.stem for file in report.FOLDER.glob("*.py") if "finish(" in file.read_text()}
+    scripts -= {"_results"}
+    assert scripts == {one.__name__ for one in BENCHMARKS} | {"low_memory_quality", "gpu_programs"}
+    page = report.PAGES[1].read_text()
+    assert sorted(name for _, name, _ in report.TABLE.findall(page)) == sorted(scripts)
+
+
+@pytest.mark.parametrize("page", report.PAGES, ids=lambda page: page.parent.name)
+def test_a_page_is_rendered(page):
+    text = page.read_text()
+    assert "<!-- table: " in text
+    assert report.render(text) == text
+    for picture in re.findall(r"\((?:benchmarks/)?pictures/(step|memory)\.png\)", text):
+        assert (report.PICTURES / f"{picture}.png").is_file()
+
+
+def test_a_table_is_replaced_and_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    about = _results.machine() | {"command": "python x.py", "date": "2000-01-01"}
+    results = {"machine": about, "rows": [{"a": 1, "b": "two"}, {"a": 3, "b": ""}]}
+    (tmp_path / "x.json").write_text(json.dumps(results))
+    text = report.render("before\n<!-- table: x -->\nold\n<!-- end -->\nafter\n")
+    lines = text.splitlines()
+    assert lines[:6] == [
+        "before",
+        "<!-- table: x -->",
+        "| a | b |",
+        "| --- | --- |",
+        "| 1 | two |",
+        "| 3 |  |",
+    ]
+    assert lines[7].startswith("`python x.py`, 2000-01-01: ")
+    assert lines[8:] == ["<!-- end -->", "after"]
+    assert report.render(text) == text
+
+
+def test_a_target_is_met_by_all_of_its_rows_or_missed(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    rows = [{"ratio": "0.50", "form": "plain"}, {"ratio": "0.80", "form": "momentum"}]
+    (tmp_path / "x.json").write_text(json.dumps({"machine": {"command": "x"}, "rows": rows}))
+    met = report.Target("a", 0.8, "x", "ratio").row()
+    assert (met["measured"], met["met"]) == ("0.50 to 0.80", "yes")
+    missed = report.Target("a", 0.7, "x", "ratio").row()
+    assert (missed["measured"], missed["met"]) == ("0.50 to 0.80", "no: 1 of 2 rows above")
+    plain = report.Target("a", 0.7, "x", "ratio", lambda row: row["form"] == "plain").row()
+    assert (plain["measured"], plain["met"]) == ("0.50 to 0.50", "yes")
+
+
+@pytest.mark.parametrize(
+    ("name", "leaves", "numbers"),
+    [
+        # The numbers that torchvision and the GPT-2 repository give for their networks.
+        ("ResNet-50", 161, 25_557_032),
+        ("EfficientNet-B7", 711, 66_347_960),
+        ("ViT-B/16", 152, 86_567_656),
+        ("GPT-2", 148, 124_439_808),
+    ],
+)
+def test_networks_are_as_large_as_published(name, leaves, numbers):
+    shapes = trees.TREES[name]
+    assert (len(shapes), trees.parameters(shapes)) == (leaves, numbers)
+    assert trees.parameters(shapes) == sum(np.zeros(shape, np.uint8).size for shape in shapes)
+
+
+def test_sides_take_turns_and_ratios_are_of_pairs(monkeypatch):
+    """By a clock that is told how long each call takes."""
+    now, calls = [0.0], []
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    theirs = itertools.chain([9.0, 9.0], [1.0, 2.0, 4.0])
+    ours = itertools.chain([9.0, 9.0], [3.0, 4.0, 4.0])
+
+    def side(name, seconds):
+        def run():
+            calls.append(name)
+            now[0] += next(seconds)
+
+        return run
+
+    pair = _timing.compare((side("theirs", theirs), side("ours", ours)), 3)
+    order = ["theirs", "ours"] * 2 + ["ours", "theirs"] + ["theirs", "ours"] + ["ours", "theirs"]
+    assert calls == order
+    assert (pair.theirs, pair.ours, pair.ratio) == (2.0, 4.0, 2.0)
+    assert pair.quartiles == (1.0, 3.0)
+    assert pair.per(2)[:2] == (1.0, 2.0)
+    assert pair.columns() == {"ratio": "2.00", "quartiles": "1.00 to 3.00"}
+
+
+@pytest.mark.parametrize("form", libraries.FORMS)
+def test_the_same_step_is_timed_of_each_library(form):
+    """Ours and Optax's are, after three steps, at the same place."""
+    shapes = [(3, 4), (5,)]
+    params = []
+    for make in (libraries.ours, libraries.theirs):
+        one = make(libraries.FORMS[form], shapes)
+        one.run(2)
+        params.append(one.run(1)[0])
+    for a, b in zip(*params, strict=True):
+        assert not np.allclose(a, 1, atol=1e-3)
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+def test_packed_leaves_train_like_a_tree():
+    params = eager.small_leaves(70)
+    grads = jax.tree.map(lambda leaf: leaf * np.arange(1, 8, dtype=np.float32), params)
+    updates = []
+    for tx in (rmsprop(0.1), many_leaves.packed(rmsprop(0.1))):
+        state = tx.init(params)
+        for _ in range(2):
+            u, state = tx.update(grads, state)
+        updates.append(u)
+    assert len(jax.tree.leaves(state)) == 2  # count and nu
+    for a, b in zip(*map(jax.tree.leaves, updates), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+def test_bytes_of_the_state_are_those_of_its_arrays():
+    shapes = trees.TREES["ResNet-50"]
+    for slots, form in enumerate(libraries.FORMS, 1):
+        held = memory.state(rmsprop(0.1, **libraries.FORMS[form]), shapes)
+        assert held == pytest.approx(4 * slots, abs=1e-6)
+    assert memory.state(optax.sgd(0.1), shapes) == 0
+    assert memory.bitsandbytes([(4095,)]) == 4
+    assert memory.bitsandbytes([(4097,)]) == (4097 + 4 * 17) / 4097
+
+
+def test_a_device_that_is_not_there_is_refused(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        eager.main(["--quick", "--device", "tpu"])
+    assert "--device tpu: jax has been started on cpu" in capsys.readouterr().err
+
+
+def test_results_of_an_accelerator_are_named_after_it(tmp_path, monkeypatch):
+    class Device:
+        platform = "gpu"
+        device_kind = "NVIDIA H200"
+
+    monkeypatch.setattr(_results, "RESULTS", tmp_path)
+    assert _results.save("x", [{"a": 1}]) == tmp_path / "x.json"
+    monkeypatch.setattr(jax, "devices", lambda: [Device])
+    assert _results.save("x", [{"a": 1}]) == tmp_path / "x_NVIDIA_H200.json"
+    assert json.loads((tmp_path / "x_NVIDIA_H200.json").read_text())["rows"] == [{"a": 1}]
