@@ -26,7 +26,7 @@ class Pair(NamedTuple):
 
 
 def nothing() -> None:
-    """What comes before a call as a rule."""
+    """The default of what comes before a call."""
 
 
 def compare(

@@ -1,6 +1,7 @@
 """A step of RMSProp over arrays of given shapes, in each library that has one."""
 
 from collections.abc import Callable
+import functools
 import importlib.util
 import os
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+import _timing
 from rmsprop_jax import rmsprop
 from trees import Shapes
 
@@ -138,6 +140,12 @@ def others() -> dict[str, Make]:
     return found
 
 
-def copy(elements: int) -> Step:
-    """What the memory gives to a kernel that reads and writes an array once."""
+def compare(theirs: Step, ours: Step, steps: int, pairs: int) -> _timing.Pair:
+    """Seconds and ratio of a step; each time so many are made at once."""
+    sides = [functools.partial(step.run, steps) for step in (theirs, ours)]
+    return _timing.compare(sides, pairs).per(steps)
+
+
+def add_one(elements: int) -> Step:
+    """What the memory gives to a kernel that reads and writes an array once, in place."""
     return compiled(lambda x, state, _: (x + 1, state), jnp.ones(elements), None, None)

@@ -1,7 +1,7 @@
 """How many bytes does the state hold, and how many does a step need on top?
 
     python benchmarks/memory.py             # seconds; writes results/memory.json
-    python benchmarks/memory.py --quick     # the same of a small tree, and writes nothing
+    python benchmarks/memory.py --quick     # the same of two small trees; writes nothing
 
 Bytes are a parameter: of all arrays of the state, and of the temporary memory of a compiled step
 (update and apply_updates, donated) over one leaf of 16.8 million parameters. Optax's state is that

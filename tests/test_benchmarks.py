@@ -98,6 +98,8 @@ def test_a_target_is_met_by_all_of_its_rows_or_missed(tmp_path, monkeypatch):
     assert (met["measured"], met["met"]) == ("0.50 to 0.80", "yes")
     missed = report.Target("a", 0.7, "x", "ratio").row()
     assert (missed["measured"], missed["met"]) == ("0.50 to 0.80", "no: 1 of 2 rows above")
+    missing = report.Target("a", 0.7, "x", "not there").row()
+    assert (missing["measured"], missing["met"]) == ("not measured", "")
     plain = report.Target("a", 0.7, "x", "ratio", lambda row: row["form"] == "plain").row()
     assert (plain["measured"], plain["met"]) == ("0.50 to 0.50", "yes")
 

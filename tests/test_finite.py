@@ -220,3 +220,20 @@ def test_apply_if_finite_skips_a_step_with_nan():
     updates, after = tx.update(jnp.asarray([1.0, jnp.nan]), before)
     np.testing.assert_array_equal(updates, 0)
     np.testing.assert_array_equal(after.inner_state.nu, before.inner_state.nu)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**31), st.sampled_from([0.0, 0.5, 0.9, 0.999]), st.integers(1, 400))
+def test_no_step_is_longer_than_the_first_however_long_a_silence_was(seed, decay, n):
+    """|u| <= learning_rate / sqrt(1 - decay), without any eps: s has the newest gradient in it."""
+    rng = np.random.default_rng(seed)
+    sizes = 10.0 ** rng.uniform(-16, 18, (12, n)) * (rng.random((12, n)) < 0.3)
+    tx = rmsprop(1.0, decay, 0.0)
+
+    def step(state, grads):
+        updates, state = tx.update(grads, state)
+        return state, updates
+
+    _, updates = jax.lax.scan(step, tx.init(jnp.zeros(n)), jnp.float32(sizes))
+    assert np.all(abs(np.asarray(updates)) <= (1 + 1e-5) / np.sqrt(1 - decay))
+    assert np.any(abs(np.asarray(updates)) > 0.99 / np.sqrt(1 - decay)) or not sizes.any()
