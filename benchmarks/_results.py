@@ -28,12 +28,14 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Reads the flags, and turns jax to the device; before anything else asks for one."""
+    """Reads the flags, and turns jax to the device."""
     args = parser.parse_args(argv)
     if args.device:
-        jax.config.update("jax_platforms", {"gpu": "cuda"}.get(args.device, args.device))
-        if args.device != (found := jax.devices()[0].platform):
-            parser.error(f"--device {args.device}: jax has been started on {found}")
+        try:
+            jax.devices(args.device)
+        except RuntimeError as error:
+            parser.error(f"--device {args.device}: {error}")
+        jax.config.update("jax_platform_name", args.device)
     return args
 
 
