@@ -44,7 +44,7 @@ benchmark: .venv-benchmark/installed
 	done
 
 clean:
-	rm -rf .venv .venv-oldest .venv-tpu .venv-gpu .venv-compare .venv-benchmark out build dist
+	rm -rf .venv .venv-* out build dist
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed; name one as in: make PYTHON=python3.13")'

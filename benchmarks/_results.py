@@ -83,15 +83,20 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def table(rows: list[Row], about: dict[str, Any]) -> str:
-    """Rows as a Markdown table, with a line under it that says where they come from."""
+def markdown(rows: list[Row]) -> str:
+    """Rows as a Markdown table."""
     head = list(rows[0])
     lines = [head, ["---"] * len(head), *([str(row[key]) for key in head] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def table(rows: list[Row], about: dict[str, Any]) -> str:
+    """Rows as a Markdown table, with a line under it that says where they come from."""
     packages = ("jax", "jaxlib", "optax", "keras", "torch")
     versions = ", ".join(f"{package} {about[package]}" for package in packages if package in about)
     accelerator = "" if about["device"] == "cpu" else f"{about['device']}, "
     return (
-        "\n".join("| " + " | ".join(line) + " |" for line in lines)
-        + f"\n\n`{about['command']}`, {about['date']}: {accelerator}{about['processor']}, "
-        + f"{about['cores']} cores, Python {about['python']}, {versions}."
+        f"{markdown(rows)}\n\n"
+        f"`{about['command']}`, {about['date']}: {accelerator}{about['processor']}, "
+        f"{about['cores']} cores, Python {about['python']}, {versions}."
     )

@@ -7,8 +7,8 @@ Tracing and lowering, with nothing cached, and compiling a step (update and appl
 networks' parameters, of which many have the same shape, and of 50 that all differ. Ratios are
 ours / optax's, medians over alternating pairs, that of tracing and lowering with its quartiles:
 below 1, we are faster. Of networks with more than 500 leaves one pair is compiled, of others two.
-Instructions are those of the compiled program, in all its kernels; lowered
-ones those handed to XLA.
+Instructions are those of the compiled program, in all its kernels, and lowered ones those handed to
+XLA.
 """
 
 from collections.abc import Callable, Iterator, Sequence

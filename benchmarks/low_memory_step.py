@@ -17,10 +17,11 @@ from tqdm import tqdm
 import _results
 import libraries
 from libraries import FORMS
-from rmsprop_jax import low_memory, rmsprop
+from memory import STORAGES
+from rmsprop_jax import rmsprop
 from trees import Shapes
 
-STORAGES = {"q8": low_memory.q8(), "bfloat16": low_memory.bfloat16()}
+SMALL = ("q8", "bfloat16")
 
 
 def row(form: str, name: str, elements: int, steps: int, pairs: int) -> _results.Row:
@@ -61,10 +62,10 @@ def main(argv: Sequence[str] | None = None) -> list[_results.Row]:
     sizes = (1 << 16,) if quick else (2 << 20, 16 << 20)
     steps, pairs = (1, 2) if quick else (5, 12)
     rows = []
-    with tqdm(total=len(sizes) * (len(FORMS) * len(STORAGES) + 1), unit="row") as bar:
+    with tqdm(total=len(sizes) * (len(FORMS) * len(SMALL) + 1), unit="row") as bar:
         for elements in sizes:
             for form in FORMS:
-                for name in STORAGES:
+                for name in SMALL:
                     bar.set_description(f"{elements:,}, {form}, {name}")
                     rows.append(row(form, name, elements, steps, pairs))
                     bar.update()

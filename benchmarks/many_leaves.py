@@ -26,6 +26,7 @@ from tqdm import tqdm
 import _results
 import _timing
 from eager import small_leaves
+from libraries import train_step
 from rmsprop_jax import rmsprop
 
 
@@ -66,8 +67,7 @@ def program(tx: optax.GradientTransformation, leaves: int) -> tuple[Callable[[],
         return optax.tree.sum(jax.tree.map(lambda leaf: jnp.square(leaf - 0.5), params))
 
     def step(params: Any, state: Any) -> Any:
-        updates, state = tx.update(jax.grad(loss)(params), state, params)
-        return optax.apply_updates(params, updates), state
+        return train_step(tx)(params, state, jax.grad(loss)(params))
 
     params = small_leaves(leaves)
     carry = [params, jax.jit(tx.init)(params)]

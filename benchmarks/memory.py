@@ -22,7 +22,7 @@ import _results
 import libraries
 from libraries import FORMS
 from rmsprop_jax import low_memory, rmsprop
-from trees import TREES, Shapes, parameters
+from trees import ONE_LEAF, TREES, Shapes, parameters
 
 STORAGES = {"float32": None, "bfloat16": low_memory.bfloat16(), "q8": low_memory.q8()}
 
@@ -48,7 +48,7 @@ def transformations(form: str) -> dict[str, optax.GradientTransformation]:
 
 def main(argv: Sequence[str] | None = None) -> list[_results.Row]:
     quick = _results.parse(_results.parser(__doc__), argv).quick
-    one_leaf: Shapes = [(4096, 4096)]
+    one_leaf = ONE_LEAF
     networks = {"one leaf, 16.8M": one_leaf} | TREES
     if quick:
         one_leaf = [(64, 64)]

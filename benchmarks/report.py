@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from matplotlib.figure import Figure
 import numpy as np
 
-from _results import RESULTS, Row, table
+from _results import RESULTS, Row, markdown, table
 
 FOLDER = Path(__file__).parent
 PAGES = (FOLDER.parent / "README.md", FOLDER / "README.md")
@@ -84,10 +84,7 @@ TARGETS = (
 
 def rendered(name: str) -> str:
     if name == "targets":
-        rows = [target.row() for target in TARGETS]
-        head = list(rows[0])
-        lines = [head, ["---"] * len(head), *(list(row.values()) for row in rows)]
-        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        return markdown([target.row() for target in TARGETS])
     results = load(name)
     return table(results["rows"], results["machine"])
 

@@ -23,10 +23,9 @@ from tqdm import tqdm
 import _results
 import libraries
 from libraries import FORMS, compare
-from trees import TREES, Shapes, parameters
+from trees import ONE_LEAF, TREES, Shapes, parameters
 
 SLOTS = {"plain": 1, "momentum": 2, "centered, momentum": 3}
-ONE_LEAF: Shapes = [(4096, 4096)]
 
 
 def row(name: str, form: str, shapes: Shapes, steps: int, pairs: int) -> _results.Row:

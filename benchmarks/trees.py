@@ -87,6 +87,8 @@ def gpt2() -> Shapes:
     return [(50257, 768), (1024, 768), *transformer(12, 768)]
 
 
+ONE_LEAF: Shapes = [(4096, 4096)]
+
 TREES = {
     "ResNet-50": resnet50(),
     "EfficientNet-B7": efficientnet_b7(),
