@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: example example-airfoil test test-oldest test-tpu test-gpu compare benchmark lint clean
+.PHONY: example example-airfoil test test-all test-oldest test-tpu test-gpu compare benchmark lint clean
 
 example: .venv/examples-installed
 	$(BIN)/python examples/simplenet.py --out out/simplenet.png
@@ -10,6 +10,10 @@ example-airfoil: .venv/examples-installed
 	$(BIN)/python examples/simplenet.py --data airfoil --out out/simplenet_airfoil.png
 
 test: lint
+	$(BIN)/python -m pytest -m "not slow"
+
+# With what takes long: examples as their users run them, statistics, processes, checkpoints on disk.
+test-all: lint
 	$(BIN)/python -m pytest
 
 lint: .venv/test-installed
@@ -23,11 +27,11 @@ test-oldest: .venv-oldest/installed
 
 # Compiles programs for TPUs and reads them; the compiler is for Linux, and needs no TPU.
 test-tpu: .venv-tpu/installed
-	.venv-tpu/bin/python -m pytest --numprocesses=2 tests/test_tpu.py
+	.venv-tpu/bin/python -m pytest --numprocesses=2 tests/devices/test_tpu.py
 
 # The same for GPUs: jax's CUDA plugin and NVIDIA's assembler, without the libraries for running.
 test-gpu: .venv-gpu/installed
-	.venv-gpu/bin/python -m pytest --numprocesses=2 tests/test_gpu.py
+	.venv-gpu/bin/python -m pytest --numprocesses=2 tests/devices/test_gpu.py
 
 # Runs the frameworks themselves beside their recorded runs and our dialects.
 compare: .venv-compare/installed
@@ -35,7 +39,7 @@ compare: .venv-compare/installed
 	.venv-compare/bin/python tests/compare/record_convert.py --check
 	.venv-compare/bin/python tests/compare/record_simplenet.py --check
 	.venv-compare/bin/python tests/compare/record_resume.py --check
-	.venv-compare/bin/python -m pytest tests/test_simplenet.py tests/test_resume_from_pytorch.py
+	.venv-compare/bin/python -m pytest tests/examples/test_simplenet.py tests/examples/test_resume_from_pytorch.py
 
 # Of the processor; benchmarks/README.md says which take longer, and how to measure a GPU.
 benchmark: .venv-benchmark/installed

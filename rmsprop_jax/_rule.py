@@ -81,7 +81,7 @@ class Rule:
         in_use = self._slots_in_use()
         nu = held("nu", self.initial_scale)
         dtypes = map(storage.dtype, jax.tree.leaves(split(nu), is_leaf=is_packed))
-        widest = jnp.result_type(jnp.float32, *dtypes)
+        widest = np.result_type(np.float32, *dtypes)  # of float32 and float64: jnp's may be strict
         return RMSPropState(
             count=jnp.zeros([], jnp.int32),
             nu=nu,

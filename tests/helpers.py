@@ -1,6 +1,7 @@
 """What several test modules need."""
 
 import collections
+import functools
 import hashlib
 import re
 
@@ -38,6 +39,40 @@ def run(tx, grads, x=None, *, jit=True):
         x = optax.apply_updates(x, u)
         updates.append(np.asarray(u))
     return updates, state
+
+
+def scan_all(txs, grads, x):
+    """As run, traced, for many transformations: {name: updates} and {name: last state}."""
+
+    def step(runs, g):
+        updates, after = {}, {}
+        for name, (x, state) in runs.items():
+            updates[name], state = txs[name].update(g, state, x)
+            after[name] = (optax.apply_updates(x, updates[name]), state)
+        return after, updates
+
+    runs, updates = jax.lax.scan(step, {n: (x, tx.init(x)) for n, tx in txs.items()}, grads)
+    return updates, {name: state for name, (_, state) in runs.items()}
+
+
+def run_all(txs, grads, x=None):
+    """The same, in one program."""
+    x = np.zeros_like(grads[0]) if x is None else x
+    return jax.device_get(jax.jit(functools.partial(scan_all, txs))(np.stack(grads), x))
+
+
+def side_by_side(txs):
+    """Many transformations as one, of {name: parameters} and with {name: state}."""
+
+    def init(params):
+        return {name: tx.init(params[name]) for name, tx in txs.items()}
+
+    def update(grads, state, params=None):
+        params = params or dict.fromkeys(txs)
+        steps = {n: tx.update(grads[n], state[n], params[n]) for n, tx in txs.items()}
+        return {n: u for n, (u, _) in steps.items()}, {n: s for n, (_, s) in steps.items()}
+
+    return optax.GradientTransformation(init, update)
 
 
 def assert_close(got, want, rtol, atol):

@@ -1,4 +1,4 @@
-"""Records ten epochs of SimpleNet under PyTorch's RMSprop, for tests/test_simplenet.py.
+"""Records ten epochs of SimpleNet under PyTorch's RMSprop, for tests/examples/test_simplenet.py.
 
     python tests/compare/record_simplenet.py            # writes tests/fixtures/simplenet_torch.npz
     python tests/compare/record_simplenet.py --check    # compares a run of now with that file

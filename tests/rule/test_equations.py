@@ -9,18 +9,19 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from helpers import assert_close, gradients, run
+from helpers import assert_close, gradients, run, run_all
 import reference
 from rmsprop_jax import rmsprop, scale_by_rms
 
-GRID = [
+FORMS = [
     {"eps": 1e-3, "eps_in_sqrt": inside, "centered": centered, **start, **buffer, **pull}
     for inside, centered, start, buffer, pull in itertools.product(
         (True, False),
         (True, False),
-        ({}, {"initial_scale": 1.0}, {"bias_correction": True}),
+        ({}, {"bias_correction": True}),
         (
             {},
             {"momentum": 0.9},
@@ -31,106 +32,111 @@ GRID = [
         ({}, {"weight_decay": 0.01}, {"weight_decay": 0.01, "decoupled_weight_decay": True}),
     )
 ]
+START = np.linspace(-1, 1, 40)
 
 
-@pytest.mark.parametrize("kwargs", GRID, ids=str)
-def test_float64(kwargs):
-    grads = gradients(30)
-    x = np.linspace(-1, 1, 40)
-    with jax.enable_x64(True):
-        got, _ = run(rmsprop(0.01, **kwargs), grads, x)
-    want = reference.run(grads, x, learning_rate=0.01, **kwargs)
-    assert_close(got, want, 1e-11, 1e-13)
+def assert_equal(subtests, forms, grads, x=None, rate=0.01, rtol=1e-11, atol=1e-13):
+    """All forms in one program, each against the loop; parts of complex numbers one by one."""
+    dtype = grads[0].dtype
+    with jax.enable_x64(np.finfo(dtype).bits == 64):
+        txs = {str(form): rmsprop(**{"learning_rate": rate} | form) for form in forms}
+        got, states = run_all(txs, grads, x)
+    for form in forms:
+        with subtests.test(form=form, dtype=dtype.name):
+            want = reference.run(grads, x, **{"learning_rate": rate} | form)
+            parts = (np.real, np.imag) if form.get("split_complex") else (np.asarray,)
+            for part in parts:
+                assert_close(map(part, got[str(form)]), map(part, want), rtol, atol)
+    return states
 
 
-@pytest.mark.parametrize("kwargs", GRID, ids=str)
-def test_float32(kwargs):
+def test_float64(subtests):
+    assert_equal(subtests, FORMS, gradients(30), START)
+
+
+def test_float32(subtests):
     grads = gradients(30, dtype=np.float32)
-    x = np.linspace(-1, 1, 40).astype(np.float32)
-    got, _ = run(rmsprop(0.01, **kwargs), grads, x)
-    want = reference.run(grads, x, learning_rate=0.01, **kwargs)
-    assert_close(got, want, 5e-5, 5e-5 * 0.01)
+    assert_equal(subtests, FORMS, grads, START.astype(np.float32), rtol=5e-5, atol=5e-5 * 0.01)
 
 
-@pytest.mark.parametrize("decay", [0.0, 0.5, 0.9, 0.99, 0.999, 1.0])
-@pytest.mark.parametrize("centered", [False, True])
-def test_every_decay(decay, centered):
-    grads = gradients(60, low=-1, high=1)
-    kwargs = {"decay": decay, "centered": centered, "initial_scale": 1.0, "eps": 1e-2}
-    with jax.enable_x64(True):
-        got, _ = run(rmsprop(0.1, **kwargs), grads)
-    assert_close(got, reference.run(grads, learning_rate=0.1, **kwargs), 1e-11, 1e-13)
+def test_maximize(subtests):
+    """The gradient is negated before weight decay joins it, which still pulls towards 0."""
+    forms = [form | {"maximize": True} for form in FORMS]
+    assert_equal(subtests, forms, gradients(30), START)
 
 
-@pytest.mark.parametrize(
-    "momentum", [{}, {"momentum": 0.9}, {"momentum": 0.9, "lr_in_momentum": False}]
-)
-@pytest.mark.parametrize("bias_correction", [False, True])
-@pytest.mark.parametrize("centered", [False, True])
-def test_schedules(momentum, bias_correction, centered):
+def test_split_complex_is_a_pair_of_real_numbers(subtests):
+    forms = [form | {"split_complex": True} for form in FORMS if "cautious" not in form]
+    grads = gradients(30, dtype=np.complex128, low=-3, high=3)
+    states = assert_equal(subtests, forms, grads, START * (1 - 2j))
+    assert {state.nu.dtype for state in states.values()} == {np.dtype(np.complex128)}
+
+
+def test_initial_scale_is_nu_before_the_first_step_and_nothing_else(subtests):
+    """So what holds of a form holds of it with any start: the program of its update is the same."""
+    g = np.ones(3, np.float32)
+    for form in FORMS:
+        if form.get("bias_correction"):
+            continue
+        with subtests.test(form=form):
+            plain, other = rmsprop(0.01, **form), rmsprop(0.01, initial_scale=0.5, **form)
+            before, state = plain.init(g), other.init(g)
+            np.testing.assert_array_equal(state.nu, 0.5)
+            jax.tree.map(np.testing.assert_array_equal, state._replace(nu=before.nu), before)
+            programs = [str(jax.make_jaxpr(tx.update)(g, state, g)) for tx in (plain, other)]
+            assert programs[0] == programs[1]
+
+
+def test_every_decay(subtests):
+    forms = [
+        {"decay": decay, "centered": centered, "initial_scale": 1.0, "eps": 1e-2}
+        for decay in (0.0, 0.5, 0.9, 0.99, 0.999, 1.0)
+        for centered in (False, True)
+    ]
+    assert_equal(subtests, forms, gradients(60, low=-1, high=1), rate=0.1)
+
+
+def test_schedules(subtests):
     """All five hyperparameters change every step; bias correction stays a weighted mean."""
     steps = 40
     t = np.arange(steps)
-    schedules = {
+    values = {
         "learning_rate": 0.1 / (1 + t),
         "decay": 1 - 0.5 / (1 + t) ** 0.5,
         "eps": 1e-2 * 0.9**t,
         "weight_decay": 0.01 * t,
+        "momentum": 0.9 - 0.5 * 0.8**t,
     }
-    kwargs = {"bias_correction": bias_correction, "centered": centered}
-    if momentum:
-        schedules["momentum"] = 0.9 - 0.5 * 0.8**t
-        kwargs["lr_in_momentum"] = momentum.get("lr_in_momentum", True)
+    with jax.enable_x64(True):
+        tables = {name: jnp.asarray(of) for name, of in values.items()}
+    schedules = {name: lambda count, of=of: of[count] for name, of in tables.items()}
     grads = gradients(steps, low=-1, high=1)
-    x = np.linspace(-1, 1, 40)
+    txs, wanted = {}, {}
+    for buffer, corrected, centered in itertools.product(
+        ({}, {"lr_in_momentum": True}, {"lr_in_momentum": False}), (False, True), (False, True)
+    ):
+        form = buffer | {"bias_correction": corrected, "centered": centered}
+        names = [name for name in values if buffer or name != "momentum"]
+        txs[str(form)] = rmsprop(**{name: schedules[name] for name in names}, **form)
+        wanted[str(form)] = reference.run(grads, START, **{n: values[n] for n in names}, **form)
     with jax.enable_x64(True):
-        tables = {name: jnp.asarray(values) for name, values in schedules.items()}
-        as_schedules = {name: lambda count, v=v: v[count] for name, v in tables.items()}
-        got, _ = run(rmsprop(**as_schedules, **kwargs), grads, x)
-    assert_close(got, reference.run(grads, x, **schedules, **kwargs), 1e-11, 1e-13)
+        got, _ = run_all(txs, grads, START)
+    for form, want in wanted.items():
+        with subtests.test(form=form):
+            assert_close(got[form], want, 1e-11, 1e-13)
 
 
-def test_complex_uses_the_squared_modulus():
+def test_complex_uses_the_squared_modulus(subtests):
+    forms = [
+        {"eps": 1e-3} | form
+        for form in ({}, {"centered": True, "momentum": 0.9}, {"momentum": 0.9, "cautious": True})
+    ]
     grads = gradients(30, dtype=np.complex64, low=-3, high=3)
-    for kwargs in ({}, {"centered": True, "momentum": 0.9}, {"momentum": 0.9, "cautious": True}):
-        got, state = run(rmsprop(0.01, eps=1e-3, **kwargs), grads)
-        assert state.nu.dtype == jnp.float32
-        want = reference.run(grads, learning_rate=0.01, eps=1e-3, **kwargs)
-        assert_close(got, want, 5e-5, 5e-5 * 0.01)
-
-
-def test_complex128_in_float64():
+    states = assert_equal(subtests, forms, grads, rtol=5e-5, atol=5e-5 * 0.01)
+    assert {state.nu.dtype for state in states.values()} == {np.dtype(np.float32)}
     grads = gradients(30, dtype=np.complex128, low=-3, high=3)
-    with jax.enable_x64(True):
-        got, state = run(rmsprop(0.01, eps=1e-3, momentum=0.9), grads)
-        assert state.nu.dtype == jnp.float64
-        assert state.trace.dtype == jnp.complex128
-    assert_close(
-        got, reference.run(grads, learning_rate=0.01, eps=1e-3, momentum=0.9), 1e-11, 1e-13
-    )
-
-
-@pytest.mark.parametrize("kwargs", [k for k in GRID if "cautious" not in k], ids=str)
-def test_split_complex_is_a_pair_of_real_numbers(kwargs):
-    grads = gradients(30, dtype=np.complex128, low=-3, high=3)
-    x = np.linspace(-1, 1, 40) * (1 - 2j)
-    with jax.enable_x64(True):
-        got, state = run(rmsprop(0.01, split_complex=True, **kwargs), grads, x)
-        assert state.nu.dtype == jnp.complex128
-    want = reference.run(grads, x, learning_rate=0.01, split_complex=True, **kwargs)
-    for part in (np.real, np.imag):
-        assert_close(map(part, got), map(part, want), 1e-11, 1e-13)
-
-
-@pytest.mark.parametrize("kwargs", GRID, ids=str)
-def test_maximize(kwargs):
-    """The gradient is negated before weight decay joins it, which still pulls towards 0."""
-    grads = gradients(30)
-    x = np.linspace(-1, 1, 40)
-    with jax.enable_x64(True):
-        got, _ = run(rmsprop(0.01, maximize=True, **kwargs), grads, x)
-    want = reference.run(grads, x, learning_rate=0.01, maximize=True, **kwargs)
-    assert_close(got, want, 1e-11, 1e-13)
+    (state,) = assert_equal(subtests, [{"eps": 1e-3, "momentum": 0.9}], grads).values()
+    assert (state.nu.dtype, state.trace.dtype) == (np.float64, np.complex128)
 
 
 def test_scale_by_rms_is_rmsprop_without_a_learning_rate():
@@ -143,7 +149,7 @@ def test_scale_by_rms_is_rmsprop_without_a_learning_rate():
 
 def test_without_memory_it_is_sign_descent():
     """decay = 0 and eps = 0 leave g / |g|, exactly: in every dtype, for every size of g."""
-    g = jnp.asarray([3.0, -1e-3, 1e15, 0.0, -1e-15])
+    g = np.asarray([3.0, -1e-3, 1e15, 0.0, -1e-15], np.float32)
     u, _ = run(rmsprop(0.5, decay=0.0, eps=0.0), [g])
     np.testing.assert_allclose(u[0], -0.5 * np.sign(g), rtol=2e-7)
 
@@ -159,10 +165,9 @@ def test_centered_equals_plain_where_the_mean_is_zero():
     np.testing.assert_allclose(centered[-1], 0.1 / np.sqrt(8 / 9), rtol=1e-11)
 
 
+@pytest.mark.usefixtures("default_promotion")  # for Optax
 def test_bias_corrected_without_eps_is_adam_without_memory_of_the_mean():
     """Adam(b1=0) divides by 1 - b2^t; in float64 the two agree to rounding."""
-    import optax
-
     grads = gradients(200, low=-2, high=2)
     with jax.enable_x64(True):
         got, _ = run(rmsprop(0.01, decay=0.999, eps_in_sqrt=False, bias_correction=True), grads)

@@ -1,6 +1,7 @@
 """What the state is: its structure, dtypes and placement, from birth and for ever."""
 
 import contextlib
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -19,26 +20,33 @@ def types(tree):
     return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.weak_type), tree)
 
 
-@pytest.mark.parametrize("grad_dtype", DTYPES)
-@pytest.mark.parametrize("param_dtype", DTYPES)
-def test_dtypes_never_change(param_dtype, grad_dtype):
-    if ("complex" in param_dtype) != ("complex" in grad_dtype):
-        return  # refused: test_bad_input
+def test_dtypes_never_change(subtests):
+    """For parameters and gradients of every two dtypes that go together, in one tree."""
+    pairs = [p for p in itertools.product(DTYPES, repeat=2) if ("c" in p[0]) == ("c" in p[1])]
+    assert len(pairs) == 20  # those of a real and a complex one are refused: test_bad_input
+    shape = (2, 3)
     with jax.enable_x64(True):
         tx = rmsprop(0.1, **EVERYTHING, cautious=True, weight_decay=0.1)
-        params = jnp.ones((2, 3), param_dtype)
-        grads = jnp.ones((2, 3), grad_dtype)
+        params = {" ".join(pair): np.ones(shape, jnp.dtype(pair[0])) for pair in pairs}
+        grads = {" ".join(pair): np.ones(shape, jnp.dtype(pair[1])) for pair in pairs}
         state = tx.init(params)
-        real = jnp.float64 if param_dtype in ("float64", "complex128") else jnp.float32
-        signed = jnp.result_type(real, jnp.complex64) if "complex" in param_dtype else real
-        assert state.nu.dtype == state.weight_sum.dtype == real
-        assert state.mu.dtype == state.trace.dtype == signed
-        assert state.count.dtype == jnp.int32
-        for update in (tx.update, jax.jit(tx.update)):
-            updates, new = update(grads, state, params)
-            assert types(updates) == ((2, 3), jnp.dtype(grad_dtype), False)
-            assert types(new) == types(state)
+        runs = [update(grads, state, params) for update in (tx.update, jax.jit(tx.update))]
+        for param, grad in pairs:
+            wide = param in ("float64", "complex128")
+            real = jnp.float64 if wide else jnp.float32
+            signed = real if "c" not in param else jnp.complex128 if wide else jnp.complex64
+            leaf = f"{param} {grad}"
+            with subtests.test(param=param, grad=grad):
+                for updates, held in ((None, state), *runs):
+                    assert types(held.nu[leaf]) == (shape, real, False)
+                    assert types(held.mu[leaf]) == types(held.trace[leaf]) == (shape, signed, False)
+                    assert updates is None or types(updates[leaf]) == (shape, grad, False)
+                one = jax.eval_shape(tx.init, params[leaf])
+                assert types(one.weight_sum) == ((), real, False)
+        for _, new in runs:
             assert jax.tree.structure(new) == jax.tree.structure(state)
+            assert types(new) == types(state)
+            assert types(new.count) == ((), jnp.int32, False)
 
 
 @pytest.mark.parametrize("leaf", [1.0, np.float32(1), np.ones(3, np.float16), jnp.asarray(1.0)])
@@ -113,8 +121,7 @@ def test_the_state_is_one_public_class():
 @pytest.mark.parametrize("axis_type", list(AxisType)[:2], ids=lambda t: t.name)
 @pytest.mark.parametrize("use_set_mesh", [False, True])
 @pytest.mark.parametrize("jit", [False, True])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "complex64"])
-def test_init_keeps_the_sharding_of_the_parameters(axis_type, use_set_mesh, jit, dtype):
+def test_init_keeps_the_sharding_of_the_parameters(axis_type, use_set_mesh, jit):
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(axis_type,) * 2)
     shardings = {
         "rows": NamedSharding(mesh, PartitionSpec("x")),
@@ -123,16 +130,17 @@ def test_init_keeps_the_sharding_of_the_parameters(axis_type, use_set_mesh, jit,
     }
     # NaN parameters: the sharding must not come from arithmetic with their values.
     params = {
-        name: jax.device_put(jnp.full((8, 8), jnp.nan, dtype), sharding)
+        f"{name} {dtype}": jax.device_put(np.full((8, 8), np.nan, jnp.dtype(dtype)), sharding)
         for name, sharding in shardings.items()
+        for dtype in ("float32", "bfloat16", "complex64")
     }
     tx = rmsprop(0.1, initial_scale=0.5, centered=True, momentum=0.9)
     with jax.set_mesh(mesh) if use_set_mesh else contextlib.nullcontext():
         state = (jax.jit(tx.init) if jit else tx.init)(params)
-        updates, new = jax.jit(tx.update)(jax.tree.map(jnp.ones_like, params), state)
+        updates, new = jax.jit(tx.update)(params, state)
     for tree in (state.nu, state.mu, state.trace, new.nu, new.mu, new.trace, updates):
         for name, leaf in tree.items():
-            assert leaf.sharding.is_equivalent_to(shardings[name], 2), (name, leaf.sharding)
+            assert leaf.sharding.is_equivalent_to(params[name].sharding, 2), (name, leaf.sharding)
     for leaf in state.nu.values():
         np.testing.assert_array_equal(leaf, 0.5)
 

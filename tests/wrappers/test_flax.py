@@ -1,62 +1,117 @@
-"""Training Flax models: NNX and linen, with checkpoints of the state by Orbax."""
+"""Training Flax models, NNX and linen, in each storage."""
 
-from flax import linen, nnx
+import functools
+
+from flax import linen, nnx, serialization
 from flax.training.train_state import TrainState
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 import optax
-import orbax.checkpoint as ocp
 import pytest
 
-from rmsprop_jax import RMSPropState, rmsprop
+from helpers import assert_same
+from rmsprop_jax import rmsprop
+from storages import FULL, STORAGES, assert_near, each_storage, types
 
-FULL = {"centered": True, "momentum": 0.9, "weight_decay": 0.1, "bias_correction": True}
-X = jnp.linspace(-1, 1, 32).reshape(8, 4)
-Y = jnp.sin(X).sum(axis=1, keepdims=True)
+pytestmark = pytest.mark.usefixtures("default_promotion")  # for Flax
+
+HELD = {"float32": {"float32"}, "q8": {"uint8", "int8"}, "bfloat16": {"bfloat16"}}
+X = jnp.linspace(-1, 1, 64).reshape(4, 16)
 
 
-def expected(params, loss, n):
-    """n steps on the bare tree of parameters."""
-    tx = rmsprop(0.01, **FULL)
-    state = tx.init(params)
-    for _ in range(n):
+def loss_of(y):
+    return jnp.mean((y - jnp.sin(X)) ** 2)
+
+
+class Model(nnx.Module):
+    """With parameters of every rank, of which only the gain is never in 8 bits."""
+
+    def __init__(self, *axes):
+        init, rngs = nnx.initializers.lecun_normal(), nnx.Rngs(0)
+        if axes:
+            init = nnx.with_partitioning(init, axes)
+        self.gain = nnx.Param(jnp.float32(2))
+        self.hidden = nnx.Linear(16, 64, kernel_init=init, use_bias=False, rngs=rngs)
+        self.out = nnx.Linear(64, 16, kernel_init=init, rngs=rngs)
+
+    def __call__(self, x):
+        return self.gain[...] * self.out(jnp.tanh(self.hidden(x)))
+
+
+def nnx_optimizer(storage, *axes):
+    model = Model(*axes)
+    return model, nnx.Optimizer(model, rmsprop(0.1, **FULL, storage=storage), wrt=nnx.Param)
+
+
+def train(tx, params, loss, jit=True):
+    """Parameters and state after three steps on the bare tree."""
+
+    def step(params, state):
         updates, state = tx.update(jax.grad(loss)(params), state, params)
-        params = optax.apply_updates(params, updates)
-    return params
+        return optax.apply_updates(params, updates), state
+
+    step = jax.jit(step) if jit else step
+    state = tx.init(params)
+    for _ in range(3):
+        params, state = step(params, state)
+    return params, state
 
 
-def assert_same(got, want):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-6), got, want)
-
-
-def test_nnx_optimizer():
-    class Model(nnx.Module):
-        def __init__(self, rngs):
-            self.hidden = nnx.Linear(4, 8, rngs=rngs)
-            self.norm = nnx.LayerNorm(8, rngs=rngs)
-            self.out = nnx.Linear(8, 1, rngs=rngs)
-
-        def __call__(self, x):
-            return self.out(nnx.relu(self.norm(self.hidden(x))))
-
-    model = Model(nnx.Rngs(0))
-    graph, params, rest = nnx.split(model, nnx.Param, ...)
+@each_storage
+@pytest.mark.parametrize("jit", [False, True])
+def test_nnx_optimizer(jit, storage):
+    """As a plain loop on the bare tree, in whatever nodes NNX holds the arrays."""
+    model, optimizer = nnx_optimizer(storage)
+    graph, variables = nnx.split(model)
+    leaves, structure = jax.tree.flatten(variables)
+    params = {"gain": leaves[0], "hidden": {"kernel": leaves[1]}}
+    params["out"] = dict(zip(("bias", "kernel"), leaves[2:], strict=True))
 
     def loss(params):
-        return jnp.mean((nnx.merge(graph, params, rest)(X) - Y) ** 2)
+        model = nnx.merge(graph, structure.unflatten(jax.tree.leaves(params)))
+        return loss_of(model(X))
 
-    want = expected(params, loss, 4)
-    optimizer = nnx.Optimizer(model, rmsprop(0.01, **FULL), wrt=nnx.Param)
+    def step(model, optimizer):
+        optimizer.update(model, nnx.grad(lambda model: loss_of(model(X)))(model))
+
+    step = nnx.jit(step) if jit else step
+    for _ in range(3):
+        step(model, optimizer)
+    got = map(jax.tree.leaves, (nnx.state(model), optimizer.opt_state))
+    want = map(jax.tree.leaves, train(optimizer.tx, params, loss, jit))
+    assert_near(list(got), list(want), 0 if storage else 1e-5)
+    dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(optimizer.opt_state)}
+    assert dtypes >= HELD[next(name for name in STORAGES if STORAGES[name] is storage)]
+
+
+@each_storage
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=lambda a: a.name)
+def test_nnx_shards_the_state_by_the_names_of_axes_of_the_parameters(axis_type, storage):
+    """With the bits of one device: the gradients are the parameters, which are no sums."""
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(axis_type,) * 2)
 
     @nnx.jit
     def step(model, optimizer):
-        grads = nnx.grad(lambda model: jnp.mean((model(X) - Y) ** 2))(model)
-        optimizer.update(model, grads)
+        optimizer.update(model, nnx.state(model, nnx.Param))
 
-    for _ in range(4):
+    want = nnx_optimizer(storage)
+    step(*want)
+    with jax.set_mesh(mesh):
+        build = functools.partial(nnx_optimizer, storage, "x", "y")
+        graph, shapes = nnx.split(nnx.eval_shape(build))
+        places = nnx.get_named_sharding(shapes, mesh)
+        init = jax.jit(lambda: nnx.state(build()), out_shardings=places)
+        model, optimizer = nnx.merge(graph, jax.block_until_ready(init()))
         step(model, optimizer)
-    assert_same(nnx.state(model, nnx.Param), want)
+        state = jax.block_until_ready(nnx.state(optimizer.opt_state))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        spec = P("x", "y") if "kernel" in name else P()
+        assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, spec), leaf.ndim), name
+    got, want = jax.device_get([jax.tree.leaves(s) for s in (state, nnx.state(want[1].opt_state))])
+    assert_near(got, want, 0 if storage else 1e-6)
 
 
 def test_nnx_names_the_leaf_that_does_not_fit():
@@ -69,33 +124,22 @@ def test_nnx_names_the_leaf_that_does_not_fit():
         tx.update(wrong, state)
 
 
-def test_linen_train_state():
-    model = linen.Dense(1)
+@each_storage
+def test_linen_train_state_and_its_bytes(storage):
+    model = linen.Dense(16)
     params = model.init(jax.random.key(0), X)
+    tx = rmsprop(0.1, **FULL, storage=storage)
+    fresh = state = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
 
     def loss(params):
-        return jnp.mean((model.apply(params, X) - Y) ** 2)
+        return loss_of(model.apply(params, X))
 
-    state = TrainState.create(apply_fn=model.apply, params=params, tx=rmsprop(0.01, **FULL))
     step = jax.jit(lambda state: state.apply_gradients(grads=jax.grad(loss)(state.params)))
-    for _ in range(4):
+    for _ in range(3):
+        before = types(state.opt_state)
         state = step(state)
-    assert_same(state.params, expected(params, loss, 4))
-
-
-def test_orbax_round_trip(tmp_path):
-    """Every field, None and count included, returns with its type; training goes on from there."""
-    params = {"w": jnp.ones((2, 3)), "b": jnp.ones(3, jnp.bfloat16)}
-    for name, form in (("plain", {}), ("full", FULL)):
-        tx = rmsprop(0.1, **form)
-        _, state = tx.update(params, tx.init(params), params)
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(tmp_path / name, state)
-            checkpointer.wait_until_finished()
-            target = jax.eval_shape(tx.init, params)
-            restored = checkpointer.restore(tmp_path / name, target)
-        assert type(restored) is RMSPropState
-        assert jax.tree.structure(restored) == jax.tree.structure(state)
-        jax.tree.map(np.testing.assert_array_equal, restored, state)
-        got, want = tx.update(params, restored, params), tx.update(params, state, params)
-        jax.tree.map(np.testing.assert_array_equal, got, want)
+        assert types(state.opt_state) == before
+    assert_near((state.params, state.opt_state), train(tx, params, loss), 0 if storage else 1e-5)
+    restored = serialization.from_bytes(fresh, serialization.to_bytes(state))
+    assert_same(restored.opt_state, state.opt_state)
+    assert_same(step(restored).opt_state, step(state).opt_state)

@@ -1,4 +1,6 @@
-"""Inside JAX's own transformations and under its strictest settings."""
+"""Inside JAX's own transformations, in each storage."""
+
+import functools
 
 import jax
 from jax import export
@@ -7,7 +9,25 @@ import numpy as np
 import optax
 import pytest
 
+from helpers import assert_same
 from rmsprop_jax import rmsprop
+from rmsprop_jax._storage import split
+from storages import (
+    FULL,
+    GRADS,
+    PARAMS,
+    SHAPES,
+    SLOTS,
+    SMALL,
+    assert_as_plain,
+    assert_near,
+    each_storage,
+    plain,
+    run,
+    run_each,
+    slot,
+    types,
+)
 
 FORMS = [
     {},
@@ -15,68 +35,118 @@ FORMS = [
     {"centered": True, "momentum": 0.9},
     {"bias_correction": True, "momentum": 0.9, "nesterov": True},
     {"momentum": 0.9, "cautious": True, "weight_decay": 0.1, "decoupled_weight_decay": True},
+    FULL,
 ]
-GRADS = {"w": jnp.asarray([[1.0, -2.0, 0.5]]), "b": jnp.float32(-3.0)}
-PARAMS = {"w": jnp.asarray([[0.1, 0.2, 0.3]]), "b": jnp.float32(1.0)}
+TXS = {f"float32 {form}": rmsprop(0.1, **form) for form in FORMS}
+TXS |= {name: rmsprop(0.1, **FULL, storage=storage) for name, storage in SMALL.items()}
+STACKED = jax.tree.map(lambda *leaves: np.stack(leaves), *GRADS)
 
 
-def loop(tx, n):
-    params, state = PARAMS, tx.init(PARAMS)
-    for _ in range(n):
-        updates, state = tx.update(GRADS, state, params)
-        params = optax.apply_updates(params, updates)
-    return params, state
+@functools.cache
+def loops():
+    """Parameters and state of each after four steps, each a call."""
+    return run_each(TXS)
 
 
-def assert_same(got, want, rtol=2e-6):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol, 1e-7), got, want)
+def step(tx, carry, grads):
+    params, state = carry
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
-def test_scan(form):
-    tx = rmsprop(0.1, **form)
-
-    def step(carry, _):
-        params, state = carry
-        updates, state = tx.update(GRADS, state, params)
-        return (optax.apply_updates(params, updates), state), None
-
-    got, _ = jax.lax.scan(step, (PARAMS, tx.init(PARAMS)), length=4)
-    assert_same(got, loop(tx, 4))
+def rtol_of(name):
+    """0 in 8 and 16 bits; else programs may contract products and sums."""
+    return 2e-6 if name.startswith("float32") else 0
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
-def test_cond_and_while(form):
-    tx = rmsprop(0.1, **form)
-    state = tx.init(PARAMS)
+def assert_as_loops(subtests, got):
+    for name, want in loops().items():
+        with subtests.test(tx=name):
+            assert_near(got[name], want, rtol_of(name))
+
+
+def test_scan(subtests):
+    def one(tx):
+        def body(carry, grads):
+            return step(tx, carry, grads), None
+
+        return jax.lax.scan(body, (PARAMS, tx.init(PARAMS)), STACKED)[0]
+
+    assert_as_loops(subtests, jax.jit(lambda: {name: one(tx) for name, tx in TXS.items()})())
+
+
+def test_while(subtests):
+    def one(tx):
+        def body(carry):
+            return step(tx, carry, jax.tree.map(lambda g: g[carry[1].count], stacked))
+
+        start = (PARAMS, tx.init(PARAMS))
+        return jax.lax.while_loop(lambda carry: carry[1].count < len(GRADS), body, start)
+
+    stacked = jax.tree.map(jnp.asarray, STACKED)
+    assert_as_loops(subtests, jax.jit(lambda: {name: one(tx) for name, tx in TXS.items()})())
+
+
+def test_cond(subtests):
+    @jax.jit
+    def maybe(flag, carries, grads):
+        return {
+            name: jax.lax.cond(
+                flag, functools.partial(step, tx), lambda c, _: c, carries[name], grads
+            )
+            for name, tx in TXS.items()
+        }
+
+    carries = {name: (PARAMS, tx.init(PARAMS)) for name, tx in TXS.items()}
+    for grads in GRADS:
+        assert_same(maybe(False, carries, grads), carries)
+        carries = maybe(True, carries, grads)
+    assert_as_loops(subtests, carries)
+
+
+def test_vmap_over_models(subtests):
+    """A batch of models, each with its own state, is trained as if one by one."""
+
+    def scaled(tree):
+        return jax.tree.map(lambda leaf: jnp.stack([leaf, -leaf, 2 * leaf]), tree)
 
     @jax.jit
-    def maybe(flag):
-        return jax.lax.cond(flag, lambda: tx.update(GRADS, state, PARAMS), lambda: (GRADS, state))
+    def run(params, grads):
+        return {
+            name: jax.lax.scan(
+                lambda carry, g, tx=tx: (jax.vmap(functools.partial(step, tx))(carry, g), None),
+                (params, jax.vmap(tx.init)(params)),
+                grads,
+            )[0]
+            for name, tx in TXS.items()
+        }
 
-    assert_same(maybe(True), tx.update(GRADS, state, PARAMS))
-    assert_same(maybe(False), (GRADS, state))
-
-    def body(carry):
-        params, state = carry
-        updates, state = tx.update(GRADS, state, params)
-        return optax.apply_updates(params, updates), state
-
-    got = jax.lax.while_loop(lambda carry: carry[1].count < 3, body, (PARAMS, state))
-    assert_same(got, loop(tx, 3))
+    batch = jax.device_get(run(scaled(PARAMS), jax.vmap(scaled)(STACKED)))
+    assert_as_loops(subtests, jax.tree.map(lambda leaf: leaf[0], batch))
+    for i, scale in enumerate((1, -1, 2)):
+        params, grads = (jax.tree.map(lambda a, s=scale: s * a, t) for t in (PARAMS, GRADS))
+        for name, want in run_each(TXS, params, grads).items():
+            with subtests.test(tx=name, model=i):
+                got = jax.tree.map(lambda leaf, i=i: leaf[i], batch[name])
+                assert_near(got, want, 2e-6)
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
-def test_vmap_over_models(form):
-    """A batch of models, each with its own state, is trained as if one by one."""
-    tx = rmsprop(0.1, **form)
-    params = jax.tree.map(lambda p: jnp.stack([p, 2 * p, -p]), PARAMS)
-    grads = jax.tree.map(lambda g: jnp.stack([g, -g, 0.1 * g]), GRADS)
-    state = jax.vmap(tx.init)(params)
-    updates, _ = jax.vmap(tx.update)(grads, state, params)
-    for i in range(3):
-        one = [jax.tree.map(lambda leaf, i=i: leaf[i], tree) for tree in (grads, params, updates)]
-        assert_same(one[2], tx.update(one[0], tx.init(one[1]), one[1])[0])
+@each_storage
+def test_outside_jit(storage):
+    carry = (PARAMS, rmsprop(0.1, **FULL, storage=storage).init(PARAMS))
+    for grads in GRADS:
+        carry = step(rmsprop(0.1, **FULL, storage=storage), carry, grads)
+    assert_as_plain(carry, storage, rtol=2e-6)
+
+
+def test_outside_jit_in_every_form(subtests):
+    for form in FORMS:
+        with subtests.test(form=form):
+            tx = rmsprop(0.1, **form)
+            carry = (PARAMS, tx.init(PARAMS))
+            for grads in GRADS:
+                carry = step(tx, carry, grads)
+            assert_near(carry, loops()[f"float32 {form}"], 2e-6)
 
 
 def test_jvp_and_grad_agree_with_finite_differences():
@@ -92,68 +162,65 @@ def test_jvp_and_grad_agree_with_finite_differences():
         return jnp.sum(x**2)
 
     with jax.enable_x64(True):
-        at = (jnp.float64(0.05), jnp.float64(0.8))
-        got = jax.grad(loss_after, argnums=(0, 1))(*at)
+        at = (np.float64(0.05), np.float64(0.8))
+        value, gradient = jax.jit(loss_after), jax.jit(jax.grad(loss_after, argnums=(0, 1)))
+        tangents = jax.jit(lambda at, t: jax.jvp(loss_after, at, t)[1])
+        got = gradient(*at)
         for i in range(2):
             h = 1e-6
-            ends = [loss_after(*(v + s * h * (i == j) for j, v in enumerate(at))) for s in (1, -1)]
+            ends = [value(*(v + s * h * (i == j) for j, v in enumerate(at))) for s in (1, -1)]
             np.testing.assert_allclose(got[i], (ends[0] - ends[1]) / (2 * h), rtol=1e-7)
-            tangent = tuple(jnp.float64(i == j) for j in range(2))
-            np.testing.assert_allclose(jax.jvp(loss_after, at, tangent)[1], got[i], rtol=1e-12)
+            tangent = tuple(np.float64(i == j) for j in range(2))
+            np.testing.assert_allclose(tangents(at, tangent), got[i], rtol=1e-12)
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
-def test_export_round_trip(form):
-    tx = rmsprop(0.1, **form)
-    state = tx.init(PARAMS)
-    exported = export.export(jax.jit(tx.update))(GRADS, state, PARAMS)
-    restored = export.deserialize(exported.serialize())
-    assert_same(restored.call(GRADS, state, PARAMS), tx.update(GRADS, state, PARAMS))
+@each_storage
+def test_an_update_has_a_derivative(storage):
+    """Without momentum it is linear in the learning rate."""
+
+    @jax.jit
+    @jax.value_and_grad
+    def total(learning_rate):
+        tx = rmsprop(learning_rate, centered=True, storage=storage)
+        return optax.tree.sum(tx.update(GRADS[0], tx.init(PARAMS))[0])
+
+    value, derivative = total(0.1)
+    np.testing.assert_allclose(0.1 * derivative, value, rtol=1e-5)
+    assert value != 0
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
-@pytest.mark.parametrize("jit", [False, True])
-@pytest.mark.parametrize(
-    ("setting", "value"),
-    [
-        ("jax_check_tracer_leaks", True),
-        ("jax_enable_checks", True),
-        ("jax_debug_nans", True),
-        ("jax_debug_infs", True),
-        ("jax_numpy_dtype_promotion", "strict"),
-        ("jax_numpy_rank_promotion", "raise"),
-        ("jax_enable_x64", True),
-        ("jax_disable_jit", True),
-    ],
-)
-def test_strict_settings(setting, value, jit, form):
-    """Zeros among the gradients, a schedule that mixes dtypes, float16 beside complex64."""
-    before = getattr(jax.config, setting)
-    jax.config.update(setting, value)
-    try:
-        tx = rmsprop(optax.cosine_decay_schedule(0.1, 10), **form)
-        params = {
-            "half": jnp.ones(3, jnp.float16),
-            "single": jnp.ones((2, 2), jnp.float32),
-            "complex": jnp.ones(3, jnp.complex64),
-        }
-        grads = {
-            "half": jnp.asarray([0, 1, -300], jnp.float16),
-            "single": jnp.asarray([[0, 1e-30], [1e30, 1]], jnp.float32),
-            "complex": jnp.asarray([0, 1j, 1], jnp.complex64),
-        }
-        state = tx.init(params)
-        update = jax.jit(tx.update) if jit else tx.update
-        for _ in range(3):
-            updates, state = update(grads, state, params)
-        for name, leaf in updates.items():
-            assert leaf.dtype == params[name].dtype
-            assert bool(jnp.all(jnp.isfinite(leaf)))
-    finally:
-        jax.config.update(setting, before)
+def test_export_round_trip(subtests):
+    """Of one program of all: each state is serialized."""
+    states = {name: state for name, (_, state) in loops().items()}
+
+    @jax.jit
+    def update(grads, states, params):
+        return {name: tx.update(grads, states[name], params) for name, tx in TXS.items()}
+
+    restored = export.deserialize(export.export(update)(GRADS[0], states, PARAMS).serialize())
+    got, want = (f(GRADS[0], states, PARAMS) for f in (restored.call, update))
+    for name in TXS:
+        with subtests.test(tx=name):
+            assert_near(got[name], want[name], rtol_of(name))
 
 
-SIZE = 1 << 16
+@each_storage
+def test_no_two_buffers_are_shared_and_all_can_be_donated(storage):
+    tx = rmsprop(0.1, **FULL, storage=storage)
+    for init in (tx.init, jax.jit(tx.init)):
+        leaves = jax.tree.leaves((PARAMS, init(PARAMS)))
+        assert len({leaf.unsafe_buffer_pointer() for leaf in leaves}) == len(leaves)
+
+    donating = jax.jit(functools.partial(step, tx), donate_argnums=0)
+    carry = jax.tree.map(jnp.copy, (PARAMS, tx.init(PARAMS)))
+    arrays = jax.tree.leaves(carry)
+    compiled = donating.lower(carry, GRADS[0]).compile()
+    wanted = sum(leaf.nbytes for leaf in arrays)
+    assert compiled.memory_analysis().alias_size_in_bytes >= wanted
+    for grads in GRADS:
+        carry = donating(carry, grads)
+    assert all(array.is_deleted() for array in arrays)
+    assert_as_plain(carry, storage, rtol=2e-6)
 
 
 @pytest.mark.parametrize(
@@ -174,16 +241,11 @@ SIZE = 1 << 16
 def test_a_donated_step_needs_no_memory_beside_its_buffers(form):
     """XLA:CPU copies a slot that it computes twice; the order of operations prevents that."""
     tx = rmsprop(0.1, **form)
-    x = jnp.ones(SIZE)
-    state = tx.init(x)
-
-    def step(x, state, g):
-        updates, state = tx.update(g, state, x)
-        return optax.apply_updates(x, updates), state
-
-    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(x, state, x).compile()
-    memory = compiled.memory_analysis()
-    arrays = [leaf for leaf in jax.tree.leaves((x, state)) if leaf.shape]
+    x = jnp.ones(1 << 16)
+    carry = (x, tx.init(x))
+    donating = jax.jit(functools.partial(step, tx), donate_argnums=0)
+    memory = donating.lower(carry, x).compile().memory_analysis()
+    arrays = [leaf for leaf in jax.tree.leaves(carry) if leaf.shape]
     assert memory.temp_size_in_bytes < 1024
     assert memory.alias_size_in_bytes >= sum(leaf.nbytes for leaf in arrays)
 
@@ -201,12 +263,89 @@ def test_one_trace_serves_every_step():
     tx = rmsprop(optax.cosine_decay_schedule(0.1, 10), **FORMS[3])
 
     @jax.jit
-    def step(params, state):
+    def train(carry):
         traces.append(1)
-        updates, state = tx.update(GRADS, state, params)
-        return optax.apply_updates(params, updates), state
+        return step(tx, carry, GRADS[0])
 
-    params, state = PARAMS, tx.init(PARAMS)
+    carry = (PARAMS, tx.init(PARAMS))
     for _ in range(3):
-        params, state = step(params, state)
+        carry = train(carry)
     assert len(traces) == 1
+
+
+DTYPES = ["float16", "bfloat16", "float32", "float64"]
+
+
+@each_storage
+def test_the_form_of_the_state_depends_on_no_dtype_and_never_changes(storage, subtests):
+    """In float32, it is that of the parameters' precision."""
+    form = plain(storage)[1]
+    with jax.enable_x64(True):
+        tx = rmsprop(0.1, **FULL, storage=storage)
+        for param_dtype in DTYPES:
+            with subtests.test(params=param_dtype):
+                params = {n: np.asarray(PARAMS[n]).astype(jnp.dtype(param_dtype)) for n in "wb"}
+                state = tx.init(params)
+                if storage is not None or param_dtype != "float64":
+                    for field in SLOTS:
+                        for name in params:
+                            held, wanted = (slot(getattr(s, field), name) for s in (state, form))
+                            assert types(held) == types(wanted)
+                    assert state.weight_sum.dtype == jnp.float32
+                for grad_dtype in DTYPES:
+                    grads = {n: np.ones(SHAPES[n], jnp.dtype(grad_dtype)) for n in params}
+                    updates, new = jax.eval_shape(tx.update, grads, state, params)
+                    assert jax.tree.structure(new) == jax.tree.structure(state)
+                    assert types(new) == types(state)
+                    assert types(updates) == types(jax.tree.map(jnp.asarray, grads))
+
+
+@each_storage
+def test_numpy_and_python_leaves(storage):
+    numpy = jax.tree.map(np.asarray, PARAMS)
+    tx = rmsprop(0.1, **FULL, storage=storage)
+    state = tx.init(numpy | {"s": float(PARAMS["s"])})
+    assert_same(state, tx.init(PARAMS))
+    _, new = jax.jit(tx.update)(jax.tree.map(np.asarray, GRADS[0]), state, numpy)
+    assert_same(new, run(tx, grads=GRADS[:1])[1])
+
+
+@each_storage
+def test_abstract_and_empty_trees_and_leaves(storage):
+    tx = rmsprop(0.1, **FULL, storage=storage)
+    wanted = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tx.init(PARAMS))
+    abstract = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), PARAMS)
+    for shapes in (jax.eval_shape(tx.init, PARAMS), jax.eval_shape(tx.init, abstract)):
+        assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), shapes) == wanted
+    assert_same(tx.init(abstract), tx.init(PARAMS))
+    for empty in ({}, (), None, {"a": None}):
+        free = tx if empty is not None else rmsprop(0.1, momentum=0.9, storage=storage)
+        updates, state = free.update(empty, free.init(empty), empty)
+        assert updates == empty
+        assert int(state.count) == 1
+        assert types(state) == types(free.init(empty))
+    for shape in ((0, 32), (4, 0)):
+        updates, state = tx.update(jnp.ones(shape), tx.init(jnp.ones(shape)), jnp.ones(shape))
+        assert updates.shape == split(state.nu).shape == split(state.trace).shape == shape
+
+
+@each_storage
+def test_a_gradient_of_none_leaves_the_state_of_its_leaf(storage, subtests):
+    """Its scale too, where that is in one array with the others."""
+    tx = rmsprop(0.1, **FULL, storage=storage)
+    params, state = plain(storage)
+    _, all_new = jax.jit(tx.update)(GRADS[0], state, params)
+    for update in (tx.update, jax.jit(tx.update)):
+        for without in ("w", "s", "wb"):
+            with subtests.test(without=without, jit=update is not tx.update):
+                updates, new = update(GRADS[0] | dict.fromkeys(without), state, params)
+                assert types(new) == types(state)
+                for name in SHAPES:
+                    assert (updates[name] is None) == (name in without)
+                    for field in SLOTS:
+                        got, old, want = (
+                            slot(getattr(one, field), name) for one in (new, state, all_new)
+                        )
+                        assert_near(got, old if name in without else want, 0 if storage else 2e-6)
+                        with pytest.raises(AssertionError):
+                            assert_near(old, want, 0)

@@ -16,6 +16,8 @@ import pytest
 
 from rmsprop_jax import rmsprop, scale_by_rms
 
+pytestmark = pytest.mark.usefixtures("default_promotion")  # for Optax
+
 MODULES = ("optax._src.alias_test", "optax._src.transform_test", "optax._src.float64_test")
 MODULES += ("optax._src.sharding_test",)
 

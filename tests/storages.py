@@ -1,0 +1,98 @@
+"""One problem with leaves of every kind, for tests of all that states of each storage live in."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from rmsprop_jax import RMSPropState, low_memory, rmsprop
+from rmsprop_jax._storage import is_packed, split
+
+FULL = {"centered": True, "momentum": 0.9, "weight_decay": 0.1, "bias_correction": True}
+SLOTS = ("nu", "mu", "trace")
+SMALL = {"q8": low_memory.q8(block=16, min_size=16), "bfloat16": low_memory.bfloat16()}
+STORAGES = {"float32": None} | SMALL
+each_storage = pytest.mark.parametrize("storage", STORAGES.values(), ids=STORAGES)
+RNG = np.random.default_rng(0)
+SHAPES = {"w": (4, 32), "b": (16,), "s": ()}
+PARAMS = {name: jnp.asarray(RNG.standard_normal(shape), "f4") for name, shape in SHAPES.items()}
+GRADS = [
+    {
+        name: jnp.asarray(RNG.standard_normal(shape) * 10.0 ** RNG.integers(-4, 3, shape), "f4")
+        for name, shape in SHAPES.items()
+    }
+    for _ in range(4)
+]
+
+
+def types(tree):
+    return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.weak_type), tree)
+
+
+def run(tx, params=PARAMS, grads=GRADS, state=None):
+    """The parameters and the state after some steps, whose structure and types never change."""
+    state = None if state is None else {"": state}
+    (one,) = run_each({"": tx}, params, grads, state).values()
+    return one
+
+
+def run_each(txs, params=PARAMS, grads=GRADS, states=None):
+    """The same of many transformations, in one program: {name: (params, state)}."""
+    states = {name: tx.init(params) for name, tx in txs.items()} if states is None else states
+    params = dict.fromkeys(txs, params)
+
+    @jax.jit
+    def update(g, states, params):
+        both = {name: tx.update(g, states[name], params[name]) for name, tx in txs.items()}
+        return {name: u for name, (u, _) in both.items()}, {
+            n: state for n, (_, state) in both.items()
+        }
+
+    for g in grads:
+        before = types(states)
+        updates, states = update(g, states, params)
+        assert types(states) == before
+        params = {name: optax.apply_updates(p, updates[name]) for name, p in params.items()}
+    return {name: (params[name], states[name]) for name in txs}
+
+
+def is_ours(value):
+    return isinstance(value, RMSPropState)
+
+
+def ours(state):
+    """The only RMSPropState in a state."""
+    (one,) = (leaf for leaf in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(leaf))
+    return one
+
+
+def slot(field, name):
+    """The arrays of one leaf of a field, with its own scale."""
+    held = split(field)[name]
+    return (held.codes, held.exponents, held.scales[held.leaf]) if is_packed(held) else held
+
+
+@functools.cache
+def plain(storage, **options):
+    return run(rmsprop(0.1, **(options or FULL), storage=storage))
+
+
+def assert_as_plain(got, storage, rtol=1e-6):
+    """Parameters and state as in an ordinary run: rounded states bit for bit.
+
+    Where nothing is rounded at random, another program may contract products and sums otherwise.
+    """
+    assert_near(got, plain(storage), 0 if storage else rtol)
+
+
+def assert_near(got, want, rtol):
+    """And to a tenth of that absolutely; of the same structure and dtypes."""
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True
+    ):
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(a, b, rtol, rtol / 10, err_msg=jax.tree_util.keystr(path))

@@ -1,0 +1,82 @@
+"""Under JAX's strictest settings, in each storage; strict promotion is that of all tests."""
+
+import contextlib
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from rmsprop_jax import rmsprop
+from storages import FULL, SMALL, types
+
+FORMS = [
+    {},
+    {"eps_in_sqrt": False, "weight_decay": 0.1},
+    {"centered": True, "momentum": 0.9},
+    {"bias_correction": True, "momentum": 0.9, "nesterov": True},
+    {"momentum": 0.9, "cautious": True, "weight_decay": 0.1, "decoupled_weight_decay": True},
+]
+SCHEDULE = optax.cosine_decay_schedule(0.1, 10)  # which mixes dtypes
+TXS = {f"float32 {form}": rmsprop(SCHEDULE, **form) for form in FORMS}
+TXS |= {name: rmsprop(SCHEDULE, **FULL, storage=storage) for name, storage in SMALL.items()}
+GRADS = {
+    "half": np.tile(np.float16([0, 1, -300, 7]), 8),
+    "single": np.tile(np.float32([[0, 1e-30], [1e30, 1]]), 8),
+    "complex": np.tile(np.complex64([0, 1j, 1, 2]), 8),
+    "scalar": np.float32(-3),
+}
+PARAMS = jax.tree.map(np.ones_like, GRADS)
+
+
+@contextlib.contextmanager
+def setting_of(name, value):
+    before = getattr(jax.config, name)
+    jax.config.update(name, value)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        None,  # but strict promotion
+        "jax_check_tracer_leaks",
+        "jax_enable_checks",
+        "jax_debug_nans",
+        "jax_debug_infs",
+        "jax_enable_x64",
+        "jax_disable_jit",
+    ],
+)
+def test_strict_settings(setting, jit, subtests):
+    """Zeros among the gradients, float16 beside complex64."""
+
+    def update(grads, states):
+        return {name: tx.update(grads, states[name], PARAMS) for name, tx in TXS.items()}
+
+    update = jax.jit(update) if jit else update
+    with setting_of(setting, True) if setting else contextlib.nullcontext():
+        states = {name: tx.init(PARAMS) for name, tx in TXS.items()}
+        for _ in range(3):
+            before = types(states)
+            both = update(GRADS, states)
+            updates, states = ({name: one[i] for name, one in both.items()} for i in range(2))
+            assert types(states) == before
+        for name in TXS:
+            with subtests.test(tx=name):
+                for leaf, u in updates[name].items():
+                    assert u.dtype == PARAMS[leaf].dtype
+                    assert np.all(np.isfinite(u))
+                    assert np.any(u != 0)
+
+
+def test_under_default_promotion(default_promotion):
+    """And it stays what it was."""
+    for tx in TXS.values():
+        jax.eval_shape(tx.update, GRADS, jax.eval_shape(tx.init, PARAMS), PARAMS)
+    assert jax.config.jax_numpy_dtype_promotion == "standard"
+    assert jax.config.jax_numpy_rank_promotion == "allow"
