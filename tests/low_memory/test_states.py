@@ -1,0 +1,137 @@
+"""Which states a storage takes, and which it refuses: those cast, and those of another."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from rmsprop_jax import low_memory, rmsprop
+from small_states import FULL, GRAD, GRADS, PARAMS, SHORT_BLOCKS, trained, types
+
+each_storage = pytest.mark.parametrize("storage", SHORT_BLOCKS.values(), ids=SHORT_BLOCKS)
+
+
+def cast(tree, dtype):
+    return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf).astype(dtype)), tree)
+
+
+def assert_refused(tx, state, error, message):
+    """Eagerly and when traced."""
+    for update in (tx.update, jax.jit(tx.update)):
+        with pytest.raises(error, match=message):
+            update(GRAD, state, PARAMS)
+
+
+@each_storage
+def test_a_state_that_was_cast_is_refused(storage, subtests):
+    """All of it, or the slots alone."""
+    tx = rmsprop(0.1, **FULL, storage=storage)
+    state = trained(storage)
+    for dtype in ("float16", "int32", "uint8"):
+        like_params = functools.partial(cast, dtype=dtype)
+        for what, broken in (
+            ("all", cast(state, dtype)),
+            ("like params", optax.tree.map_params(tx, like_params, state)),
+            ("trace", state._replace(trace=cast(state.trace, dtype))),
+        ):
+            with subtests.test(dtype=dtype, what=what):
+                assert_refused(tx, broken, (TypeError, AssertionError), dtype)
+
+
+@each_storage
+def test_a_state_whose_floats_were_cast_to_bfloat16_is_refused_or_goes_on(storage):
+    """As by map_params of a mixed-precision policy: the scales are then no more what they were."""
+    tx = rmsprop(0.1, **FULL, storage=storage)
+    state = trained(storage)
+    half = jax.tree.map(
+        lambda leaf: cast(leaf, jnp.bfloat16) if leaf.dtype == jnp.float32 else leaf, state
+    )._replace(weight_sum=state.weight_sum)
+    assert types(half) != types(state)
+    if storage is SHORT_BLOCKS["q8"]:
+        assert_refused(tx, half, (TypeError, AssertionError), "bfloat16")
+    else:
+        _, new = jax.jit(tx.update)(GRAD, half, PARAMS)
+        assert types(new) == types(half)
+
+
+@pytest.mark.parametrize("part", ["codes", "exponents", "scales"])
+def test_blocks_of_which_a_part_was_cast_are_refused(part):
+    tx = rmsprop(0.1, **FULL, storage=SHORT_BLOCKS["q8"])
+    state = trained(SHORT_BLOCKS["q8"])
+    for field in ("nu", "trace"):
+        held = getattr(state, field)
+        broken = held._replace(**{part: cast(getattr(held, part), "float16")})
+        assert_refused(
+            tx, state._replace(**{field: broken}), (TypeError, AssertionError), "float16"
+        )
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8"])
+def test_a_plain_state_of_codes_is_refused(dtype):
+    state = cast(rmsprop(0.1, **FULL).init(PARAMS), dtype)
+    for storage, error, message in (
+        (SHORT_BLOCKS["q8"], TypeError, "state.nu must be of this storage, got dict"),
+        (SHORT_BLOCKS["bfloat16"], AssertionError, dtype),
+    ):
+        assert_refused(rmsprop(0.1, **FULL, storage=storage), state, error, message)
+
+
+def test_the_slots_of_other_parameters_are_refused():
+    tx = rmsprop(0.1, storage=SHORT_BLOCKS["q8"])
+    other = tx.init(PARAMS | {"w": jnp.ones((4, 64))})
+    with pytest.raises(AssertionError, match=r"'w'.*\[4, 32\].*\[4, 64\]"):
+        tx.update(GRAD, other)
+    with pytest.raises(AssertionError, match=r"missing \['w'\]"):
+        tx.update({"b": GRAD["b"], "s": GRAD["s"]}, tx.init(PARAMS))
+
+
+ANY = {"float32": None, **SHORT_BLOCKS, "other blocks": low_memory.q8(block=4, min_size=64)}
+TXS = {name: rmsprop(0.1, **FULL, storage=storage) for name, storage in ANY.items()}
+# The second is of a state that the first takes and goes on with as it is held.
+TAKEN = [("q8", "other blocks"), ("other blocks", "q8"), ("bfloat16", "float32")]
+
+
+def test_a_state_of_another_storage_goes_on_as_it_is_held(subtests):
+    """Like in its own; where that is float32, what is not finite would make a difference."""
+
+    @jax.jit
+    def run(grads):
+        pairs = [*TAKEN, *((name, name) for name in TXS)]
+
+        def step(states, g):
+            return {p: TXS[p[0]].update(g, s, PARAMS)[1] for p, s in states.items()}, None
+
+        return jax.lax.scan(step, {p: TXS[p[1]].init(PARAMS) for p in pairs}, grads)[0]
+
+    states = run(GRADS)
+    for name, other in TAKEN:
+        with subtests.test(state=other, storage=name):
+            got, want = states[name, other], states[other, other]
+            assert types(got) == types(want)
+            assert np.any(jax.tree.leaves(want.trace)[0])
+            for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-6 if other == "float32" else 0)
+
+
+IN_BLOCKS, IN_ARRAYS = ("q8", "other blocks"), ("float32", "bfloat16")
+MIXED = [*itertools.product(IN_BLOCKS, IN_ARRAYS), *itertools.product(IN_ARRAYS, IN_BLOCKS)]
+
+
+@pytest.mark.parametrize(("name", "other"), MIXED)
+def test_blocks_are_refused_by_those_who_have_none_and_arrays_by_those_who_have(name, other):
+    tx, state = TXS[name], TXS[other].init(PARAMS)
+    one = tx.init(PARAMS)._replace(trace=state.trace)
+    for field, held in (("nu", state), ("trace", one)):
+        kind = type(getattr(state, field)).__name__
+        message = rf"state\.{field} must be of this storage, got {kind}: convert\.change_storage"
+        assert_refused(tx, held, TypeError, message)
+
+
+def test_a_state_in_bfloat16_is_refused_where_all_are_in_float32():
+    state = TXS["bfloat16"].init(PARAMS)
+    message = r"leaves '[bw]': gradient float32.*bfloat16"
+    assert_refused(TXS["float32"], state, AssertionError, message)
