@@ -1,5 +1,7 @@
 """A tree of parameters and its mapping, and each framework's conversions of it, there and back."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import optax
 import pytest
 
 from rmsprop_jax import convert, dialects, rmsprop
+from rmsprop_jax._rule import is_ours
 from rmsprop_jax.convert import Leaf
 
 # A tree with a leaf of every kind of layout, and the names of the framework in its order.
@@ -34,13 +37,39 @@ def tree(seed=0, dtype=np.float32):
     )
 
 
-def after(tx, steps, params, state=None, first=0):
-    """The parameters and the state after some steps."""
-    state = tx.init(params) if state is None else state
-    for t in range(first, first + steps):
-        updates, state = tx.update(tree(t + 1, jax.tree.leaves(params)[0].dtype), state, params)
-        params = optax.apply_updates(params, updates)
-    return params, state
+def begun(tx, params):
+    """The parameters, and a state as after seven steps: a random number everywhere."""
+    rng = np.random.default_rng(7)
+
+    def slot(likes, part=np.asarray):
+        def array(like):
+            parts = part(rng.standard_normal((2, *like.shape)))
+            is_complex = np.issubdtype(like.dtype, np.complexfloating)
+            return jnp.asarray(parts[0] + 1j * parts[1] if is_complex else parts[0], like.dtype)
+
+        return jax.tree.map(array, likes)
+
+    def fill(state):
+        if not is_ours(state):
+            return state
+        slots = {"nu": slot(state.nu, np.abs), "mu": slot(state.mu), "trace": slot(state.trace)}
+        return state._replace(count=jnp.asarray(7, jnp.int32), **slots)
+
+    return params, jax.tree.map(fill, jax.eval_shape(tx.init, params), is_leaf=is_ours)
+
+
+def going_on(txs):
+    """A function that takes {name: (params, state)} on by some gradients, all in one program."""
+
+    @jax.jit
+    def step(runs, grads):
+        after = {}
+        for name, (params, state) in runs.items():
+            updates, state = txs[name].update(grads, state, params)
+            after[name] = (optax.apply_updates(params, updates), state)
+        return after
+
+    return lambda runs, grads: functools.reduce(step, grads, runs)
 
 
 def group(numbers=(0, 1, 2, 3), **options):

@@ -198,7 +198,8 @@ def _scale(tx: Any, foreign: Foreign) -> float:
 
 def _rate(rule: Rule, count: int) -> float:
     rate = rule.hyper.learning_rate
-    return float(rate(jnp.asarray(count, jnp.int32)) if callable(rate) else rate)
+    with jax.numpy_dtype_promotion("standard"):  # as in an update
+        return float(rate(jnp.asarray(count, jnp.int32)) if callable(rate) else rate)
 
 
 def place(old: Any, value: Any) -> Any:
@@ -217,7 +218,7 @@ def _wide(value: Any) -> np.ndarray:
 
 
 def _narrow(value: np.ndarray, like: Slot) -> np.ndarray:
-    return value.astype(jnp.promote_types(like.dtype, jnp.float32))
+    return value.astype(np.promote_types(like.dtype, np.float32))
 
 
 def _square(m: np.ndarray, *, complex_parts: bool) -> np.ndarray:

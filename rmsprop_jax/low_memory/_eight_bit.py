@@ -69,7 +69,8 @@ class EightBit(NamedTuple):
         values = jnp.where(jnp.isfinite(values), values, 0)
         a = (values if _signed(self) else jnp.maximum(values, 0)).reshape(_view(self))
         ones = self._replace(scales=jnp.ones_like(self.scales))
-        return _rounded(ones, a, _max(abs(a)), jnp.int32(1 << (_CUT - 1)))
+        with jax.numpy_dtype_promotion("standard"):  # as in an update
+            return _rounded(ones, a, _max(abs(a)), jnp.int32(1 << (_CUT - 1)))
 
 
 def eight_bit_like(param: jax.Array, value: Any, block: int, *, signed: bool) -> EightBit:

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from rmsprop_jax import _checks
@@ -36,7 +37,7 @@ def clipped(
     clip = optax.clip_by_global_norm(above_0("max_norm", max_norm))
 
     def clip_wide(grads: Any, _: Any) -> Any:
-        wide = jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), grads)
+        wide = jax.tree.map(lambda g: g.astype(np.promote_types(g.dtype, np.float32)), grads)
         small, _ = clip.update(wide, clip.init(grads))
         return jax.tree.map(lambda s, g: s.astype(g.dtype), small, grads)
 

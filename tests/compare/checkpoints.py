@@ -8,6 +8,7 @@ the checkpoint there; it begins with another checkpoint and other parameters if 
 Frameworks are imported inside the functions. The rest is what rmsprop_jax makes of the same cases.
 """
 
+import functools
 import io
 import json
 from pathlib import Path
@@ -405,21 +406,47 @@ def transformation(framework, case):
     )
 
 
-def ours(case, dtype, tx, params, state, first, last):
-    """The parameters and the state after the steps from first to last."""
-    import optax
+def ours(framework, listed, dtype, runs, first, last):
+    """The parameters and the state of each run after the steps from first to last.
 
-    gradients, _ = problem(case, dtype)
-    for t in range(first, last):
-        updates, state = tx.update(
-            {"fc": {name: g[t] for name, g in gradients.items()}}, state, params
-        )
-        skipped = {name for name, u in updates["fc"].items() if u is None}
-        updates = {"fc": {name: u for name, u in updates["fc"].items() if name not in skipped}}
-        kept = {name: x for name, x in params["fc"].items() if name in skipped}
-        moved = {"fc": {name: x for name, x in params["fc"].items() if name not in skipped}}
-        params = {"fc": optax.apply_updates(moved, updates)["fc"] | kept}
-    return params, state
+    There is a pair (params, state) for each case; all are in one jitted program, which serves for
+    other steps and other pairs, too.
+    """
+    gradients = []
+    for case in listed:
+        parts, _ = problem(case, dtype)
+        gradients.append({"fc": {name: _stacked(g[first:last]) for name, g in parts.items()}})
+    return _program(framework, tuple(case.name for case in listed))(runs, gradients)
+
+
+def _stacked(gradients):
+    (absent,) = {g is None for g in gradients}
+    return None if absent else np.stack(gradients)
+
+
+@functools.cache
+def _program(framework, names):
+    import jax
+
+    cases_of = {case.name: case for case in CASES[framework]}
+
+    def moved(x, u):
+        return x if u is None else x + u
+
+    @jax.jit
+    def program(runs, gradients):
+        txs = [transformation(framework, cases_of[name]) for name in names]
+
+        def step(runs, gradients):
+            after = []
+            for tx, (params, state), g in zip(txs, runs, gradients, strict=True):
+                updates, state = tx.update(g, state, params)
+                after.append((jax.tree.map(moved, params, updates), state))
+            return after, None
+
+        return jax.lax.scan(step, runs, gradients)[0]
+
+    return program
 
 
 def from_theirs(framework, case, checkpoint, params, tx):

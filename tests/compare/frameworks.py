@@ -14,6 +14,7 @@ import importlib.metadata
 import importlib.util
 import os
 import sys
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -44,37 +45,56 @@ def version(framework):
     return ", ".join(f"{name} {number.split('+')[0]}" for name, number in versions.items())
 
 
-def ours(framework, gradients, start, rates, options):
-    """The dialect of rmsprop_jax that has the framework's name, in one jitted scan."""
+class Run(NamedTuple):
+    """What ours needs of a run; the dtype is that of the start."""
+
+    framework: str
+    gradients: np.ndarray
+    start: np.ndarray
+    rates: np.ndarray | None
+    options: dict[str, Any]
+
+
+def ours(runs):
+    """As RUN, of rmsprop_jax: the paths of runs of one dtype, all in one jitted program."""
     import jax
-    import jax.numpy as jnp
     import optax
+
+    (wide,) = {np.finfo(run.start.dtype).bits == 64 for run in runs}
+    with jax.enable_x64(wide):
+        txs = [_dialect(run) for run in runs]
+
+        @jax.jit
+        def paths(gradients, starts):
+            def step(carry, gradients):
+                xs, states = carry
+                for i, (tx, g) in enumerate(zip(txs, gradients, strict=True)):
+                    updates, states[i] = tx.update(g, states[i], xs[i])
+                    xs[i] = optax.apply_updates(xs[i], updates)
+                return (xs, states), xs
+
+            states = [tx.init(x) for tx, x in zip(txs, starts, strict=True)]
+            return jax.lax.scan(step, (starts, states), gradients)[1]
+
+        return jax.device_get(paths([run.gradients for run in runs], [run.start for run in runs]))
+
+
+def _dialect(run):
+    """The dialect that has the framework's name, with the options and rates of a run."""
+    import jax.numpy as jnp
 
     from rmsprop_jax import dialects
 
-    with jax.enable_x64(np.finfo(start.dtype).bits == 64):
-        if rates is None:
-            rate = {}
-        elif np.ptp(rates) == 0:
-            rate = {cases.RATE_NAME[framework]: rates[0]}
-        else:
-            table = jnp.asarray(rates)
-            rate = {cases.RATE_NAME[framework]: lambda count: table[count]}
-            if options.get("corrected_weight_decay"):
-                rate["initial_lr"] = rates[0]
-        tx = getattr(dialects, framework)(**rate, **options)
-
-        @jax.jit
-        def path(gradients, x):
-            def step(carry, g):
-                x, state = carry
-                updates, state = tx.update(g, state, x)
-                x = optax.apply_updates(x, updates)
-                return (x, state), x
-
-            return jax.lax.scan(step, (x, tx.init(x)), gradients)[1]
-
-        return np.asarray(path(jnp.asarray(gradients), jnp.asarray(start)))
+    rates = run.rates
+    if rates is None:
+        rate = {}
+    elif np.ptp(rates) == 0:
+        rate = {cases.RATE_NAME[run.framework]: rates[0]}
+    else:
+        rate = {cases.RATE_NAME[run.framework]: lambda count: jnp.asarray(rates)[count]}
+        if run.options.get("corrected_weight_decay"):
+            rate["initial_lr"] = rates[0]
+    return getattr(dialects, run.framework)(**rate, **run.options)
 
 
 def _pytorch(gradients, start, rates, options):

@@ -1,4 +1,4 @@
-"""Records checkpoints of other frameworks' RMSProp, for tests/test_continuation.py.
+"""Records checkpoints of other frameworks' RMSProp, for tests/convert/test_continuation.py.
 
     python tests/compare/record_convert.py             # writes tests/fixtures/convert_*.npz
     python tests/compare/record_convert.py --check     # compares runs of now with those files, and
@@ -73,7 +73,7 @@ def run(framework):
             checkpoint, params = checkpoints.RUN[framework](case, dtype, 0, K)
             _, final = checkpoints.RUN[framework](case, dtype, 0, cases.STEPS)
             part = {"checkpoint": checkpoint, "params": params, "final": final}
-            given, params = begun_here(framework, case, dtype, part, tensors=True)
+            ((given, params),) = begun_here(framework, [case], dtype, [part], tensors=True)
             _, ended = checkpoints.RUN[framework](case, dtype, K, cases.STEPS, given, params)
             found[case.name][dtype] = part | {"ended": ended}
     record = {
@@ -114,56 +114,84 @@ def reference(case, dtype, record):
     return record["cases"][case.name]["float64" if case.centered else dtype]
 
 
-def begun_here(framework, case, dtype, part, *, tensors=False):
-    """What the framework is given, checkpoint and parameters, after K steps of ours."""
+def begun_here(framework, listed, dtype, parts, *, tensors=False):
+    """What the framework is given in each case, checkpoint and parameters, after K steps of ours.
+
+    Parts are what was recorded of each.
+    """
     import jax
 
     from rmsprop_jax import convert
 
+    tensor = np.asarray
+    if tensors and framework in ("pytorch", "timm"):
+        import torch
+
+        tensor = torch.tensor
+    mapping = checkpoints.mapping(framework)
+    found = []
     with jax.enable_x64(dtype == "float64"):
-        _, start = checkpoints.problem(case, dtype)
-        params = checkpoints.params_of(start)
-        tx = checkpoints.transformation(framework, case)
-        params, state = checkpoints.ours(case, dtype, tx, params, tx.init(params), 0, K)
-        tensor = np.asarray
-        groups = None
-        if framework in ("pytorch", "timm"):
-            groups = part["checkpoint"]["param_groups"]
-            if tensors:
-                import torch
-
-                tensor = torch.tensor
-        given = checkpoints.to_theirs(framework, case, state, params, tx, groups, tensor)
-        return given, convert.params_to(params, checkpoints.mapping(framework))
+        starts = [checkpoints.params_of(checkpoints.problem(case, dtype)[1]) for case in listed]
+        txs = [checkpoints.transformation(framework, case) for case in listed]
+        runs = [(start, tx.init(start)) for start, tx in zip(starts, txs, strict=True)]
+        runs = checkpoints.ours(framework, listed, dtype, runs, 0, K)
+        for case, part, tx, (params, state) in zip(listed, parts, txs, runs, strict=True):
+            groups = groups_of(framework, part)
+            given = checkpoints.to_theirs(framework, case, state, params, tx, groups, tensor)
+            found.append((given, convert.params_to(params, mapping)))
+    return found
 
 
-def ended_here(framework, case, dtype, part):
-    """The parameters after the framework's K steps and the others of ours."""
-    import jax
+def groups_of(framework, part):
+    return part["checkpoint"]["param_groups"] if framework in ("pytorch", "timm") else None
 
+
+def at_k(framework, case, dtype, part):
+    """Our parameters, transformation and state at the framework's checkpoint."""
     from rmsprop_jax import convert
 
-    with jax.enable_x64(dtype == "float64"):
-        mapping = checkpoints.mapping(framework)
-        _, start = checkpoints.problem(case, dtype)
-        params = convert.params_from(part["params"], checkpoints.params_of(start), mapping)
-        tx = checkpoints.transformation(framework, case)
-        state = checkpoints.from_theirs(framework, case, part["checkpoint"], params, tx)
-        params, _ = checkpoints.ours(case, dtype, tx, params, state, K, cases.STEPS)
-        return convert.params_to(params, mapping)
-
-
-def errors(framework, case, dtype, record):
-    """{name of ERRORS: error}, of what the record has."""
     _, start = checkpoints.problem(case, dtype)
-    start = checkpoints.theirs(framework, start)
-    want = reference(case, dtype, record)
-    given, _ = begun_here(framework, case, dtype, want)
-    ended = {ERRORS[0]: ended_here(framework, case, dtype, want)}
-    if "ended" in record["cases"][case.name][dtype]:
-        ended[ERRORS[1]] = record["cases"][case.name][dtype]["ended"]
-    found = {n: checkpoints.error(case, start, p, want["final"]) for n, p in ended.items()}
-    found[ERRORS[2]] = distance(*checkpoints.comparable(framework, case, given, want["checkpoint"]))
+    params = checkpoints.params_of(start)
+    params = convert.params_from(part["params"], params, checkpoints.mapping(framework))
+    tx = checkpoints.transformation(framework, case)
+    return params, tx, checkpoints.from_theirs(framework, case, part["checkpoint"], params, tx)
+
+
+def ended_here(framework, listed, dtype, parts, *, anew=False):
+    """The parameters after the framework's K steps and the others of ours, in each case.
+
+    Anew, ours begin with a new state, and not with that of the framework's checkpoint.
+    """
+    import jax
+
+    from rmsprop_jax import convert
+
+    with jax.enable_x64(dtype == "float64"):
+        runs = []
+        for case, part in zip(listed, parts, strict=True):
+            params, tx, state = at_k(framework, case, dtype, part)
+            runs.append((params, tx.init(params) if anew else state))
+        runs = checkpoints.ours(framework, listed, dtype, runs, K, cases.STEPS)
+        mapping = checkpoints.mapping(framework)
+        return [convert.params_to(params, mapping) for params, _ in runs]
+
+
+def errors(framework, listed, dtype, record):
+    """{name of case: {name of ERRORS: error}}, of what the record has."""
+    wanted = [reference(case, dtype, record) for case in listed]
+    begun = begun_here(framework, listed, dtype, wanted)
+    ended = ended_here(framework, listed, dtype, wanted)
+    found = {}
+    for case, want, (given, _), end in zip(listed, wanted, begun, ended, strict=True):
+        start = checkpoints.theirs(framework, checkpoints.problem(case, dtype)[1])
+        ends = {ERRORS[0]: end}
+        if "ended" in record["cases"][case.name][dtype]:
+            ends[ERRORS[1]] = record["cases"][case.name][dtype]["ended"]
+        of = {n: checkpoints.error(case, start, p, want["final"]) for n, p in ends.items()}
+        of[ERRORS[2]] = distance(
+            *checkpoints.comparable(framework, case, given, want["checkpoint"])
+        )
+        found[case.name] = of
     return found
 
 
@@ -197,7 +225,7 @@ def check(framework, live):
         (case.name, dtype, name, error)
         for case in CASES[framework]
         for dtype in DTYPES
-        for name, error in errors(framework, case, dtype, live).items()
+        for name, error in errors(framework, [case], dtype, live)[case.name].items()
     ]
     return apart, rows
 

@@ -1,4 +1,4 @@
-"""Records runs of other frameworks' RMSProp, for tests/test_frameworks.py.
+"""Records runs of other frameworks' RMSProp, for tests/dialects/test_frameworks.py.
 
     python tests/compare/record_dialects.py            # writes tests/fixtures/dialects_*.npz
     python tests/compare/record_dialects.py --check    # compares runs of now with those files, and
@@ -112,19 +112,32 @@ def differences(framework, record, other):
     return {dtype: np.max(found) for dtype, found in errors.items()}  # NaN, if there is one
 
 
-def compare(framework, record):
-    """Our dialect's error in each case and dtype, as rows (case, dtype, error, tolerance)."""
+def compare(framework, record, steps=slice(None)):
+    """Our dialect's error in each case and dtype, as rows (case, dtype, error, tolerance).
+
+    The steps are those of the record.
+    """
     rows = []
-    for i, case in enumerate(cases.CASES[framework]):
-        if case.constant:  # where the framework errs
-            continue
-        for dtype in DTYPES:
-            gradients, start = cases.problem(framework, case, np.dtype(dtype))
-            got = frameworks.ours(framework, gradients, start, case.rates, case.options)
+    for dtype in DTYPES:
+        # Where gradients are constant the framework errs.
+        numbered = [(i, c) for i, c in enumerate(cases.CASES[framework]) if not c.constant]
+        paths = ours([(framework, case) for _, case in numbered], dtype)
+        for (i, case), (got, start) in zip(numbered, paths, strict=True):
             want = record["float64" if case.centered else dtype][i]
-            error = cases.error(framework, case, start, got, want)
+            error = cases.error(framework, case, start, got[steps], want)
             rows.append((case, dtype, error, cases.tolerance(case, dtype)))
     return rows
+
+
+def ours(listed, dtype):
+    """The path of our dialect in each pair (framework, case), and the start."""
+    runs = []
+    for framework, case in listed:
+        gradients, start = cases.problem(framework, case, np.dtype(dtype))
+        runs.append(frameworks.Run(framework, gradients, start, case.rates, case.options))
+    paths = frameworks.ours(runs)
+    assert {path.dtype.name for path in paths} == {dtype}
+    return [(path, run.start) for path, run in zip(paths, runs, strict=True)]
 
 
 def table_row(framework, version, rows):

@@ -15,7 +15,7 @@ import pytest
 
 import cases
 import checkpoints
-from checkpoints import CASES, K
+from checkpoints import CASES
 import flax_models
 import models
 import record_convert
@@ -24,69 +24,69 @@ from rmsprop_jax._checks import leaf_name
 
 RECORDS = {framework: record_convert.load(framework) for framework in CASES}
 EVERY = [
-    pytest.param(framework, case, id=f"{framework}-{case.name}")
-    for framework, listed in CASES.items()
-    for case in listed
+    pytest.param(framework, listed, id="-".join([framework, *["late"] * late]))
+    for framework, cases_of in CASES.items()
+    for late in (False, True)
+    if (listed := [case for case in cases_of if case.late == late])
 ]
 
 
-@pytest.mark.parametrize(("framework", "case"), EVERY)
-def test_goes_on_and_is_gone_on_with(framework, case):
+def recorded(framework, listed, dtype):
+    return [RECORDS[framework]["cases"][case.name][dtype] for case in listed]
+
+
+@pytest.mark.parametrize(("framework", "listed"), EVERY)
+def test_goes_on_and_is_gone_on_with(framework, listed, subtests):
     """From the framework's checkpoint to the framework's end; and our checkpoint is its own."""
     for dtype in record_convert.DTYPES:
-        errors = record_convert.errors(framework, case, dtype, RECORDS[framework])
-        assert set(errors) == {"k there, k here", "checkpoint at k"}
-        assert max(errors.values()) <= cases.TOLERANCE[dtype], (dtype, errors)
+        found = record_convert.errors(framework, listed, dtype, RECORDS[framework])
+        for case in listed:
+            with subtests.test(case=case.name, dtype=dtype):
+                errors = found[case.name]
+                assert set(errors) == {"k there, k here", "checkpoint at k"}
+                assert max(errors.values()) <= cases.TOLERANCE[dtype], errors
 
 
-def at_k(framework, case, dtype):
-    """The recorded checkpoint, our parameters, transformation and state."""
-    part = RECORDS[framework]["cases"][case.name][dtype]
-    _, start = checkpoints.problem(case, dtype)
-    params = checkpoints.params_of(start)
-    params = convert.params_from(part["params"], params, checkpoints.mapping(framework))
-    tx = checkpoints.transformation(framework, case)
-    state = checkpoints.from_theirs(framework, case, part["checkpoint"], params, tx)
-    return part, params, tx, state
-
-
-@pytest.mark.parametrize(("framework", "case"), EVERY)
-def test_every_checkpoint_shows(framework, case):
+@pytest.mark.parametrize(("framework", "listed"), EVERY)
+def test_every_checkpoint_shows(framework, listed, subtests):
     """Going on with a new state instead ends elsewhere."""
-    with jax.enable_x64(True):
-        part, params, tx, _ = at_k(framework, case, "float64")
-        state = tx.init(params)
-        params, _ = checkpoints.ours(case, "float64", tx, params, state, K, cases.STEPS)
-        got = convert.params_to(params, checkpoints.mapping(framework))
-    start = checkpoints.theirs(framework, checkpoints.problem(case, "float64")[1])
-    assert checkpoints.error(case, start, got, part["final"]) > 1e-3
+    parts = recorded(framework, listed, "float64")
+    ends = record_convert.ended_here(framework, listed, "float64", parts, anew=True)
+    for case, part, end in zip(listed, parts, ends, strict=True):
+        with subtests.test(case=case.name):
+            start = checkpoints.theirs(framework, checkpoints.problem(case, "float64")[1])
+            assert checkpoints.error(case, start, end, part["final"]) > 1e-3
 
 
-@pytest.mark.parametrize(("framework", "case"), EVERY)
-def test_there_and_back_is_the_identity(framework, case):
+@pytest.mark.parametrize("framework", CASES)
+def test_there_and_back_is_the_identity(framework, subtests):
     """Bit for bit; of what is centered, the second moment within one rounding."""
     for dtype in record_convert.DTYPES:
-        with jax.enable_x64(dtype == "float64"):
-            part, params, tx, state = at_k(framework, case, dtype)
-            groups = groups_of(framework, part)
-            given = checkpoints.to_theirs(framework, case, state, params, tx, groups)
-            again = checkpoints.from_theirs(framework, case, given, params, tx)
-        got, want = checkpoints.comparable(framework, case, given, part["checkpoint"])
-        for (slot, name), array in want.items():
-            if slot == "learning_rate":
-                assert float(array) == array.dtype.type(got[slot, name])
-                continue
-            assert got[slot, name].dtype == array.dtype or slot == "iteration"
-            if case.centered and slot in checkpoints.SECOND_MOMENT:
-                assert_one_rounding(got[slot, name], array, array)
-            else:
-                np.testing.assert_array_equal(got[slot, name], array, err_msg=f"{slot} {name}")
-        if not case.centered:
-            jax.tree.map(np.testing.assert_array_equal, again, state)
+        parts = recorded(framework, CASES[framework], dtype)
+        for case, part in zip(CASES[framework], parts, strict=True):
+            with subtests.test(case=case.name, dtype=dtype):
+                assert_there_and_back(framework, case, dtype, part)
 
 
-def groups_of(framework, part):
-    return part["checkpoint"]["param_groups"] if framework in ("pytorch", "timm") else None
+def assert_there_and_back(framework, case, dtype, part):
+    with jax.enable_x64(dtype == "float64"):
+        params, tx, state = record_convert.at_k(framework, case, dtype, part)
+        groups = record_convert.groups_of(framework, part)
+        given = checkpoints.to_theirs(framework, case, state, params, tx, groups)
+        again = checkpoints.from_theirs(framework, case, given, params, tx)
+    got, want = checkpoints.comparable(framework, case, given, part["checkpoint"])
+    assert want
+    for (slot, name), array in want.items():
+        if slot == "learning_rate":
+            assert float(array) == array.dtype.type(got[slot, name])
+            continue
+        assert got[slot, name].dtype == array.dtype or slot == "iteration"
+        if case.centered and slot in checkpoints.SECOND_MOMENT:
+            assert_one_rounding(got[slot, name], array, array)
+        else:
+            np.testing.assert_array_equal(got[slot, name], array, err_msg=f"{slot} {name}")
+    if not case.centered:
+        jax.tree.map(np.testing.assert_array_equal, again, state)
 
 
 def assert_one_rounding(got, want, size):
@@ -142,8 +142,13 @@ def linen_model(name, framework, cell):
 def nnx_model(name, framework, cell):
     build = getattr(flax_models, f"Nnx{name.capitalize()}")
     rest = {"cell": cell} if cell else {}
-    model = build(flax_models.EPSILON[framework], rngs=nnx.Rngs(0), **rest)
-    graph, params, stats, others = nnx.split(model, nnx.Param, nnx.BatchStat, ...)
+    some = nnx.Param, nnx.BatchStat, ...
+
+    def split():
+        return nnx.split(build(flax_models.EPSILON[framework], rngs=nnx.Rngs(0), **rest), *some)
+
+    graph, params, stats, _ = jax.eval_shape(split)
+    others = jax.jit(lambda: split()[-1])()  # keys of random numbers
 
     def apply(params, stats, x, train):
         stats = jax.tree.map(lambda a: a, stats)  # variables of this trace
@@ -210,7 +215,7 @@ EVERY_MODEL = [
 
 
 @pytest.mark.parametrize(("name", "framework", "flax", "cell"), EVERY_MODEL)
-def test_models(name, framework, flax, cell):
+def test_models(name, framework, flax, cell, default_promotion):
     """The same outputs, gradients and, from a checkpoint on, training, in float64."""
     record = RECORDS[framework]["models"][name]
     tolerance = cases.TOLERANCE["float32" if framework == "keras" else "float64"]
@@ -221,22 +226,30 @@ def test_models(name, framework, flax, cell):
     x, y = models.batch(name)
     with jax.enable_x64(True):
         model = model_of(name, framework, flax, cell)
-        params = convert.params_from(record["start"], model.params, model.mapping)
         stats = convert.params_from(record["stats"], model.stats, stats_mapping(name, framework))
-        close(model.apply(params, stats, x, False), record["outputs"])
+        tx, state, params = begin(framework, name, model, record)
 
         def loss(params):
-            return jnp.mean((model.apply(params, stats, x, True) - y) ** 2)
+            outputs = model.apply(params, stats, x, True)
+            return jnp.mean((outputs - y) ** 2), outputs
 
-        gradient = jax.jit(jax.grad(loss))
-        gradients = convert.params_to(gradient(params), model.mapping)
+        @jax.jit
+        def step(params, state):
+            gradients, outputs = jax.grad(loss, has_aux=True)(params)
+            if model.stats:  # else the same
+                outputs = model.apply(params, stats, x, False)
+            updates, state = tx.update(gradients, state)
+            return (optax.apply_updates(params, updates), state), gradients, outputs
+
+        start = convert.params_from(record["start"], model.params, model.mapping)
+        _, gradients, outputs = step(start, state)
+        close(outputs, record["outputs"])
+        gradients = convert.params_to(gradients, model.mapping)
         for path, want in record["gradients"].items():
             # A sum of two parameters has the gradient of each, which is not to be shared out.
             close(gradients[path] * (2 if "lstm.bias" in path else 1), want)
-        tx, state, params = begin(framework, name, model, record)
         for _ in range(models.K):
-            updates, state = tx.update(gradient(params), state)
-            params = optax.apply_updates(params, updates)
+            (params, state), *_ = step(params, state)
         end = convert.params_from(record["final"], model.params, model.mapping)
         jax.tree.map(close, params, end)
 

@@ -19,13 +19,15 @@ from conversions import (
     MAPPING,
     NAMES,
     Framework,
-    after,
     assert_one_rounding,
     assert_same,
+    begun,
+    going_on,
     group,
     tree,
 )
-from rmsprop_jax import RMSPropState, convert, dialects, rmsprop
+from rmsprop_jax import convert, dialects, rmsprop
+from rmsprop_jax._rule import is_ours
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
@@ -33,7 +35,7 @@ from rmsprop_jax import RMSPropState, convert, dialects, rmsprop
 def test_there_and_back(framework, dtype):
     """Bit for bit, but for the variance: one rounding to the precision of the second moment."""
     with jax.enable_x64(dtype == np.float64):
-        params, state = after(framework.tx, 7, tree(dtype=dtype))
+        params, state = begun(framework.tx, tree(dtype=dtype))
         again = framework.back(framework.to(state, params), params)
     assert jax.tree.structure(again) == jax.tree.structure(state)
     assert_same(again._replace(nu=None), state._replace(nu=None))
@@ -74,50 +76,80 @@ def exchange(state, params, tx, other):
     return convert.from_pytorch(given, params, MAPPING, other, names=NAMES)
 
 
-@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["into the buffer", "out of it"])
-def test_goes_on_exactly_at_a_constant_learning_rate(order):
+OTHER = {"after": "in", "in": "after"}
+
+
+def both(rate):
+    """Two transformations, a program of both, and the runs {name: (params, state)} of 5 steps."""
+    made = dict(zip(OTHER, pair(rate), strict=True))
+    go_on, params = going_on(made), tree(dtype=np.float64)
+    begin = {name: (params, tx.init(params)) for name, tx in made.items()}
+    return made, go_on, go_on(begin, grads(5))
+
+
+def grads(steps, seed=1):
+    return [tree(seed + t, np.float64) for t in range(steps)]
+
+
+def swapped(made, runs):
+    """Each goes on where the other is."""
+    return {
+        name: (runs[other][0], exchange(runs[other][1], runs[other][0], made[other], made[name]))
+        for name, other in OTHER.items()
+    }
+
+
+def test_goes_on_exactly_at_a_constant_learning_rate(subtests):
     with jax.enable_x64(True):
-        tx, other = (pair(0.3)[i] for i in order)
-        params, state = after(tx, 5, tree(dtype=np.float64))
-        want, _ = after(tx, 5, params, state, first=5)
-        got, _ = after(other, 5, params, exchange(state, params, tx, other), first=5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-11, 1e-12), got, want)
+        made, go_on, runs = both(0.3)
+        want, got = go_on(runs, grads(5, 6)), go_on(swapped(made, runs), grads(5, 6))
+    for name, other in OTHER.items():
+        with subtests.test(buffer=name):
+            assert np.all(want[other][0]["flat"] != runs[other][0]["flat"])
+            jax.tree.map(
+                lambda a, b: np.testing.assert_allclose(a, b, 1e-11, 1e-12),
+                got[name][0],
+                want[other][0],
+            )
 
 
-@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["into the buffer", "out of it"])
-def test_takes_the_next_step_exactly_under_a_schedule(order):
+def test_takes_the_next_step_exactly_under_a_schedule(subtests):
     """And no more: after it the two rules are two."""
     with jax.enable_x64(True):
-        tx, other = (pair(lambda count: 0.3 * 0.5**count)[i] for i in order)
-        params, state = after(tx, 5, tree(dtype=np.float64))
-        given = exchange(state, params, tx, other)
-        for steps, near in ((1, 1e-12), (2, None)):
-            want, _ = after(tx, steps, params, state, first=5)
-            got, _ = after(other, steps, params, given, first=5)
-            apart = max(
-                float(jnp.max(jnp.abs(a - b) / jnp.abs(b - x)))
-                for a, b, x in zip(*map(jax.tree.leaves, (got, want, params)), strict=True)
-            )
-            assert apart < near if near else apart > 0.1
+        made, go_on, runs = both(lambda count: 0.3 * 0.5**count)
+        given = swapped(made, runs)
+        for steps in (1, 2):
+            ends = go_on(given, grads(steps, 6)), go_on(runs, grads(steps, 6)), runs
+            got, want, start = jax.device_get(ends)
+            for name, other in OTHER.items():
+                leaves = (
+                    jax.tree.leaves(x) for x in (got[name][0], want[other][0], start[other][0])
+                )
+                apart = max(
+                    np.max(np.abs(a - b) / np.abs(b - x)) for a, b, x in zip(*leaves, strict=True)
+                )
+                with subtests.test(buffer=name, steps=steps):
+                    assert apart < 1e-12 if steps == 1 else apart > 0.1
 
 
 def test_a_rescaled_buffer_comes_back_within_one_rounding():
     tx, other = pair(0.3)
-    params, state = after(tx, 5, tree())
+    params, state = begun(tx, tree())
     again = exchange(exchange(state, params, tx, other), params, other, tx)
     assert_same(again._replace(trace=None), state._replace(trace=None))
     jax.tree.map(lambda a, b: assert_one_rounding(a, b, b), again.trace, state.trace)
 
 
 def test_no_buffer_has_a_learning_rate_of_0():
-    rate = optax.piecewise_constant_schedule(0.1, {5: 0.0})
+    rate = optax.piecewise_constant_schedule(0.1, {7: 0.0})
     tx, other = pair(rate)
-    params, state = after(tx, 5, tree())
+    params, state = begun(tx, tree())
     for one, two in ((tx, other), (other, tx)):
-        with pytest.raises(ValueError, match="the learning rate after 5 steps is 0"):
+        with pytest.raises(ValueError, match="the learning rate after 7 steps is 0"):
             exchange(state, params, one, two)
-    params, state = after(tx, 4, tree())
-    exchange(state, params, tx, other)
+    before = state._replace(count=jnp.asarray(6, jnp.int32))
+    found = exchange(before, params, tx, other)
+    np.testing.assert_allclose(found.trace["flat"], 0.1 * before.trace["flat"], 1e-6)
 
 
 def test_a_buffer_cannot_be_rescaled_by_several_learning_rates():
@@ -126,10 +158,13 @@ def test_a_buffer_cannot_be_rescaled_by_several_learning_rates():
     labels["flat"] = "b"
     for parts in ({"a": inside, "b": pair(0.2)[1]}, {"a": inside, "b": outside}):
         tx = optax.partition(parts, labels)
-        params, state = after(outside, 3, tree())
+        params, state = begun(outside, tree())
         with pytest.raises(ValueError, match="several learning rates"):
             exchange(state, params, outside, tx)
-        exchange(state, params, outside, optax.partition({"a": inside, "b": inside}, labels))
+        alike = optax.partition({"a": inside, "b": inside}, labels)
+        again = exchange(exchange(state, params, outside, alike), params, alike, outside)
+        assert_same(again.nu, state.nu)
+        jax.tree.map(lambda a, b: assert_one_rounding(a, b, b), again.trace, state.trace)
 
 
 # Complex parameters of PyTorch are pairs.
@@ -138,7 +173,7 @@ def test_a_buffer_cannot_be_rescaled_by_several_learning_rates():
 @pytest.mark.parametrize("form", FORMS)
 def test_complex_numbers_of_pytorch(form):
     framework = Framework("pytorch", **form)
-    params, state = after(framework.tx, 7, tree(dtype=np.complex64))
+    params, state = begun(framework.tx, tree(dtype=np.complex64))
     again = framework.back(framework.to(state, params), params)
     assert_same(again._replace(nu=None), state._replace(nu=None))
     for part in (np.real, np.imag):
@@ -167,7 +202,7 @@ WRAPPERS = {
 @pytest.mark.parametrize("framework", [f for f in FRAMEWORKS if "centered" in f.id])
 def test_wrapped(framework, wrapper):
     """Every RMSPropState is filled, all else is as init makes it; and back from it."""
-    params, state = after(framework.tx, 7, tree())
+    params, state = begun(framework.tx, tree())
     given = framework.to(state, params)
     tx = WRAPPERS[wrapper](framework.tx)
     wrapped = framework.back(given, params, tx)
@@ -178,10 +213,7 @@ def test_wrapped(framework, wrapper):
     again = inner.to(wrapped, params)
     state = framework.back(given, params)
     jax.tree.map(np.testing.assert_array_equal, again, framework.to(state, params))
-
-
-def is_ours(value):
-    return isinstance(value, RMSPropState)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-6), again, given)
 
 
 def test_a_state_is_placed_like_its_parameters():
@@ -189,7 +221,8 @@ def test_a_state_is_placed_like_its_parameters():
     split = NamedSharding(mesh, PartitionSpec("x"))
     params = tree()
     framework = Framework("pytorch", momentum=0.9, centered=True)
-    given = framework.to(after(framework.tx, 3, params)[1], params)
+    given = framework.to(begun(framework.tx, params)[1], params)
+    assert all(np.all(slot) for slots in given["state"].values() for slot in slots.values())
     params["flat"] = jax.device_put(params["flat"], split)
     state = framework.back(given, params)
     for slot in (state.nu, state.mu, state.trace):

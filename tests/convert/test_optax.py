@@ -1,20 +1,17 @@
 """Conversion from and to optax.rmsprop, in all its forms, against Optax itself."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from conversions import (
-    after,
-    assert_same,
-    tree,
-)
+from conversions import assert_same, begun, going_on, tree
 import helpers
 from rmsprop_jax import convert, rmsprop
+
+# Optax mixes dtypes.
+pytestmark = pytest.mark.usefixtures("default_promotion")
 
 OPTAX = {
     "plain": {},
@@ -43,84 +40,105 @@ def both(form):
     return optax.rmsprop(**options), rmsprop(**options)
 
 
+def trained(*forms, dtype):
+    """{form: (params, state)} of Optax after seven steps."""
+    theirs, params = {form: both(form)[0] for form in forms}, tree(dtype=dtype)
+    begin = {form: (params, tx.init(params)) for form, tx in theirs.items()}
+    return going_on(theirs)(begin, [tree(t + 1, dtype) for t in range(7)])
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.complex64, np.complex128])
-@pytest.mark.parametrize("form", OPTAX)
-def test_optax_goes_on_and_is_gone_on_with(form, dtype):
+def test_optax_goes_on_and_is_gone_on_with(dtype, subtests):
     """k steps there and k here are 2 k there, and the other way round; and so is the state."""
     k, x = 7, np.linspace(-1, 1, 40).astype(dtype)
-    grads = helpers.gradients(2 * k, dtype=dtype, low=-2, high=0)
+    grads = [{"w": g} for g in helpers.gradients(2 * k, dtype=dtype, low=-2, high=0)]
     wide = np.finfo(dtype).bits == 64
+    rtol, atol = (1e-11, 1e-13) if wide else (5e-5, 5e-7)
     with jax.enable_x64(wide):
-        theirs, ours = both(form)
-        params = {"layer": {"w": jnp.asarray(x)}}
+        made = {form: dict(zip(("theirs", "ours"), both(form), strict=True)) for form in OPTAX}
+        txs = {(form, who): tx for form, two in made.items() for who, tx in two.items()}
+        go_on, params = going_on(txs), {"w": jnp.asarray(x)}
+        begin = {name: (params, tx.init(params)) for name, tx in txs.items()}
+        middle = go_on(begin, grads[:k])
+        want = go_on(middle, grads[k:])
 
-        def steps(tx, params, state, some):
-            for g in some:
-                updates, state = tx.update({"layer": {"w": jnp.asarray(g)}}, state, params)
-                params = optax.apply_updates(params, updates)
-            return params, state
+        exchanged = {}
+        for form in OPTAX:
+            theirs, ours = txs[form, "theirs"], txs[form, "ours"]
+            there, here = middle[form, "theirs"], middle[form, "ours"]
+            state = convert.from_optax(there[1], params, ours, steps=k)
+            given = convert.to_optax(here[1], params, ours, theirs.init(params))
+            exchanged |= {(form, "ours"): (there[0], state), (form, "theirs"): (here[0], given)}
+        got = go_on(exchanged, grads[k:])
 
-        middle, there = steps(theirs, params, theirs.init(params), grads[:k])
-        want, _ = steps(theirs, middle, there, grads[k:])
-        state = convert.from_optax(there, params, ours, steps=k)
-        assert int(state.count) == k
-        check = functools.partial(
-            helpers.assert_close, rtol=1e-11 if wide else 5e-5, atol=1e-13 if wide else 5e-7
-        )
-        got, _ = steps(ours, middle, state, grads[k:])
-        check([np.asarray(got["layer"]["w"])], [np.asarray(want["layer"]["w"])])
+        for form in OPTAX:
+            with subtests.test(form=form):
+                end = np.asarray(want[form, "theirs"][0]["w"])
+                for who in ("ours", "theirs"):
+                    helpers.assert_close([np.asarray(got[form, who][0]["w"])], [end], rtol, atol)
+                there, state = middle[form, "theirs"][1], exchanged[form, "ours"][1]
+                assert int(state.count) == k
+                again = convert.to_optax(state, params, txs[form, "ours"], there)
+                assert_comes_back(form, again, there)
 
-        # and back
-        ours_middle, here = steps(ours, params, ours.init(params), grads[:k])
-        given = convert.to_optax(here, params, ours, theirs.init(params))
-        got, _ = steps(theirs, ours_middle, given, grads[k:])
-        check([np.asarray(got["layer"]["w"])], [np.asarray(want["layer"]["w"])])
 
-        again = convert.to_optax(state, params, ours, there)
-        assert jax.tree.structure(again) == jax.tree.structure(there)
-        rounded = OPTAX[form].get("centered") or OPTAX[form].get("bias_correction")
-        for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(there), strict=True):
-            assert a.dtype == b.dtype
-            if rounded:  # s and v, and the division by 1 - decay^k: of each a rounding
-                assert np.all(np.abs(a - b) <= 2 * np.spacing(np.abs(b)))
-            else:
+def assert_comes_back(form, again, there):
+    assert jax.tree.structure(again) == jax.tree.structure(there)
+    rounded = OPTAX[form].get("centered") or OPTAX[form].get("bias_correction")
+    for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(there), strict=True):
+        assert a.dtype == b.dtype
+        if rounded:  # s and v, and the division by 1 - decay^k: of each a rounding
+            assert np.all(np.abs(a - b) <= 2 * np.spacing(np.abs(b)))
+        else:
+            np.testing.assert_array_equal(a, b)
+
+
+def test_optax_in_bfloat16(subtests):
+    """Its state has the dtype of the parameters; ours is as good as exact, and comes back."""
+    runs = trained("plain", "momentum", "all", dtype=jnp.bfloat16)
+    for form, (params, there) in runs.items():
+        with subtests.test(form=form):
+            theirs, ours = both(form)
+            state = convert.from_optax(there, params, ours, steps=7)
+            slots = jax.tree.leaves((state.nu, state.mu, state.trace))
+            assert slots
+            assert all(a.dtype == jnp.float32 for a in slots)
+            again = convert.to_optax(state, params, ours, theirs.init(params))
+            for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(there), strict=True):
+                assert a.dtype == b.dtype
                 np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("form", ["plain", "momentum", "all"])
-def test_optax_in_bfloat16(form):
-    """Its state has the dtype of the parameters; ours is as good as exact, and comes back."""
-    theirs, ours = both(form)
-    params, there = after(theirs, 7, tree(dtype=jnp.bfloat16))
-    state = convert.from_optax(there, params, ours, steps=7)
-    assert all(a.dtype == jnp.float32 for a in jax.tree.leaves((state.nu, state.mu, state.trace)))
-    again = convert.to_optax(state, params, ours, theirs.init(params))
-    for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(there), strict=True):
-        assert a.dtype == b.dtype
-        np.testing.assert_array_equal(a, b)
+@pytest.fixture(scope="module")
+def runs():
+    with jax.numpy_dtype_promotion("standard"):
+        return trained("plain", "bias correction", "schedule", "all", dtype=np.float32)
 
 
-def test_optax_says_how_many_steps_it_took_if_it_knows():
+def test_optax_says_how_many_steps_it_took_if_it_knows(runs):
     for form, knows in {"plain": False, "bias correction": True, "schedule": True}.items():
-        theirs, ours = both(form)
-        params, there = after(theirs, 7, tree())
+        _, ours = both(form)
+        params, there = runs[form]
         assert int(convert.from_optax(there, params, ours).count) == 7 * knows
-    assert int(convert.from_optax(there, params, ours, steps=3).count) == 3
+        assert int(convert.from_optax(there, params, ours, steps=3).count) == 3
 
 
-def test_optax_may_be_wrapped():
+def test_optax_may_be_wrapped(runs):
     theirs, ours = both("all")
-    params, there = after(theirs, 7, tree())
+    params, there = runs["all"]
     steps = optax.MultiSteps(theirs, 2).init(params)._replace(inner_opt_state=there)
     wrapped = (optax.EmptyState(), steps)
-    assert_same(convert.from_optax(wrapped, params, ours), convert.from_optax(there, params, ours))
+    found = convert.from_optax(wrapped, params, ours)
+    assert int(found.count) == 7
+    assert_same(found, convert.from_optax(there, params, ours))
 
 
-def test_a_decay_in_an_array_counts():
+def test_a_decay_in_an_array_counts(runs):
     """As an argument of a jitted step, it is an array."""
-    theirs, ours = both("bias correction")
-    params, there = after(theirs, 7, tree())
+    _, ours = both("bias correction")
+    params, there = runs["bias correction"]
     want = convert.from_optax(there, params, ours)
+    assert int(want.count) == 7
     tx = rmsprop(0.01, jnp.asarray(0.9), bias_correction=True)
     for a, b in zip(
         *map(jax.tree.leaves, (convert.from_optax(there, params, tx), want)), strict=True
@@ -128,9 +146,9 @@ def test_a_decay_in_an_array_counts():
         np.testing.assert_allclose(a, b, 1e-6)
 
 
-def test_refuses_states_of_optax_that_are_others():
+def test_refuses_states_of_optax_that_are_others(runs):
     theirs, ours = both("all")
-    params, there = after(theirs, 3, tree())
+    params, there = runs["all"]
     less = {name: leaf for name, leaf in params.items() if name != "flat"}
     with pytest.raises(ValueError, match=r"name every parameter.*flat|mapping names.*flat"):
         convert.from_optax(theirs.init(less), params, ours)
@@ -151,13 +169,13 @@ def test_refuses_states_of_optax_that_are_others():
     with pytest.raises(ValueError, match=r"nu or mu of \['flat'\], but not both"):
         convert.from_optax(broken, params, ours)
     uneven = (there[0], there[1]._replace(count=jnp.asarray(5)), *there[2:])
-    with pytest.raises(ValueError, match=r"counts \[3, 5\]: give steps"):
+    with pytest.raises(ValueError, match=r"counts \[5, 7\]: give steps"):
         convert.from_optax(uneven, params, ours)
 
 
 def test_refuses_to_fill_states_of_optax_that_are_others():
     theirs, ours = both("centered")
-    params, state = after(ours, 3, tree())
+    params, state = begun(ours, tree())
     less = {name: leaf for name, leaf in params.items() if name != "flat"}
     more = params | {"more": jnp.zeros(2)}
     for like, message in (

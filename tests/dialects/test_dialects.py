@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from helpers import assert_close, gradients, run
+from helpers import assert_close, gradients, run, run_all
 import reference
 from rmsprop_jax import RMSPropState, dialects
 from rmsprop_jax._storage import Float32
@@ -165,36 +165,40 @@ RUNS = [
 ]
 
 
-def name_only(value):
-    return value if isinstance(value, str) else ""
-
-
-@pytest.mark.parametrize("scheduled", [False, True])
-@pytest.mark.parametrize(("name", "kwargs", "switches"), RUNS, ids=name_only)
-def test_the_rule(name, kwargs, switches, scheduled):
+def test_the_rule(subtests):
     """In float64, with a learning rate that is constant or jumps down and up."""
     grads = gradients(STEPS)
     x = np.linspace(-1, 1, 40)
-    rates = RATES if scheduled else np.full(STEPS, 0.01)
-    if not scheduled and isinstance(switches.get("weight_decay"), np.ndarray):
-        switches = switches | {"weight_decay": 0.1}
+    rates = {"constant": np.full(STEPS, 0.01), "jumps": RATES}
     with jax.enable_x64(True):
-        table = jnp.asarray(rates)
-        rate = (lambda count: table[count]) if scheduled else 0.01
-        got, _ = run(getattr(dialects, name)(rate, **kwargs), grads, x)
-    assert_close(got, reference.run(grads, x, learning_rate=rates, **switches), 1e-11, 1e-13)
+        given = {"constant": 0.01, "jumps": lambda count: jnp.asarray(RATES)[count]}
+        txs = {
+            (i, rate): getattr(dialects, name)(given[rate], **kwargs)
+            for i, (name, kwargs, _) in enumerate(RUNS)
+            for rate in rates
+        }
+        found, _ = run_all(txs, grads, x)
+    for (i, rate), got in found.items():
+        name, kwargs, switches = RUNS[i]
+        if rate == "constant" and isinstance(switches.get("weight_decay"), np.ndarray):
+            switches = switches | {"weight_decay": 0.1}
+        with subtests.test(dialect=name, **kwargs, rate=rate):
+            want = reference.run(grads, x, learning_rate=rates[rate], **switches)
+            assert_close(got, want, 1e-11, 1e-13)
 
 
 def test_the_decay_of_legacy_keras():
     grads = gradients(STEPS)
     rates = 0.01 / (1 + 2.5 * np.arange(STEPS))
-    want = reference.run(grads, learning_rate=rates, eps=1e-7, eps_in_sqrt=False)
-    falling = reference.run(grads, learning_rate=rates * 0.5, eps=1e-7, eps_in_sqrt=False)
+    txs = {
+        1.0: dialects.keras_legacy(0.01, decay=2.5),
+        0.5: dialects.keras_legacy(lambda count: 0.005, decay=2.5),
+    }
     with jax.enable_x64(True):
-        got, _ = run(dialects.keras_legacy(0.01, decay=2.5), grads)
-        scheduled, _ = run(dialects.keras_legacy(lambda count: 0.005, decay=2.5), grads)
-    assert_close(got, want, 1e-11, 1e-13)
-    assert_close(scheduled, falling, 1e-11, 1e-13)
+        found, _ = run_all(txs, grads)
+    for factor, got in found.items():
+        want = reference.run(grads, learning_rate=rates * factor, eps=1e-7, eps_in_sqrt=False)
+        assert_close(got, want, 1e-11, 1e-13)
 
 
 def test_a_complex_parameter_of_pytorch_is_a_pair_of_real_ones():
@@ -202,6 +206,7 @@ def test_a_complex_parameter_of_pytorch_is_a_pair_of_real_ones():
     kwargs = {"lr": 0.01, "alpha": 0.9, "eps": 1e-3, "momentum": 0.9, "weight_decay": 0.1}
     got, state = run(dialects.pytorch(**kwargs, centered=True), grads)
     assert state.nu.dtype == jnp.complex64
+    assert np.all(np.any(got, axis=0))
     for part in (np.real, np.imag):
         alone, _ = run(dialects.pytorch(**kwargs, centered=True), [part(g) for g in grads])
         assert_close(map(part, got), alone, 5e-5, 5e-7)
@@ -327,6 +332,7 @@ def test_each_lives_with_optax_and_passes_its_storage_on(name):
     assert type(state) is RMSPropState
     updates, new = jax.jit(plain.update)(grads, state, params)
     assert updates["b"] is None
+    assert np.all(updates["w"] < 0)
     np.testing.assert_array_equal(new.nu["b"], state.nu["b"])
 
     first = next(iter(SIGNATURES[name]))

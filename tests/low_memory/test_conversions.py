@@ -16,9 +16,6 @@ from helpers import assert_same, mesh_of
 from rmsprop_jax import RMSPropState, convert, dialects, low_memory, rmsprop
 from small_states import FULL, GRAD, GRADS, PARAMS, SHORT_BLOCKS, decoded, last, trained, types
 
-# The conversions mix dtypes.
-pytestmark = pytest.mark.usefixtures("default_promotion")
-
 each_storage = pytest.mark.parametrize("storage", SHORT_BLOCKS.values(), ids=SHORT_BLOCKS)
 BLOCKS = {"q8": low_memory.q8(block=2, min_size=0), "bfloat16": low_memory.bfloat16()}
 BUILD = {
@@ -195,6 +192,7 @@ def test_a_wrapped_state_changes_its_storage(wrap):
     np.testing.assert_allclose(arrays(again)["nu/w"], old["nu/w"], rtol=2**-4)
 
 
+@pytest.mark.usefixtures("default_promotion")  # for Optax
 def test_a_partition_changes_one_storage_and_multi_steps_keeps_what_it_gathered():
     def wrapped(a, b):
         txs = {"a": rmsprop(0.1, **FULL, storage=a), "b": rmsprop(0.1, **FULL, storage=b)}

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from helpers import assert_close, gradients, run
+from helpers import assert_close, gradients, run_all
 import reference
 from rmsprop_jax import describe, recipes
 from rmsprop_jax.recipes._arguments import stairs
@@ -94,19 +94,21 @@ RECIPES = [
 ]
 
 
-def name_only(value):
-    return value if isinstance(value, str) else ""
+def made():
+    """All of them, by their numbers in RECIPES."""
+    return {i: getattr(recipes, name)(**kwargs) for i, (name, kwargs, _) in enumerate(RECIPES)}
 
 
-@pytest.mark.parametrize(("name", "kwargs", "switches"), RECIPES, ids=name_only)
-def test_the_published_rule(name, kwargs, switches):
+def test_the_published_rule(subtests):
     """In float64."""
     grads = gradients(STEPS, low=-3, high=2)
     x = np.linspace(-1, 1, 40)
     with jax.enable_x64(True):
-        got, _ = run(getattr(recipes, name)(**kwargs), grads, x)
-    want = reference.run(grads, x, **switches)
-    assert_close(got, want, 1e-11, 1e-11 * np.max(switches["learning_rate"]))
+        found, _ = run_all(made(), grads, x)
+    for i, (name, kwargs, switches) in enumerate(RECIPES):
+        with subtests.test(recipe=name, **kwargs):
+            want = reference.run(grads, x, **switches)
+            assert_close(found[i], want, 1e-11, 1e-11 * np.max(switches["learning_rate"]))
 
 
 def test_all_are_tested():
@@ -115,99 +117,124 @@ def test_all_are_tested():
 
 def test_the_drop_at_the_end_of_efficientnets_rise():
     """With the paper's batch of 4096: two stairs at once, from .2558 to .2409."""
-    epoch, g = 1281167 / 4096, jnp.ones(1)
+    epoch, g = 1281167 / 4096, np.ones(1, np.float32)
     tx = recipes.efficientnet(epoch, weight_decay=0)
     state = tx.init(g)
 
+    @jax.jit
     def step(count):
         # s = 1 and no past in the buffer: the step is the learning rate / sqrt(1.001)
-        return -tx.update(g, state._replace(count=jnp.int32(count)))[0][0] * 1.001**0.5
+        return -tx.update(g, state._replace(count=count))[0][0] * 1.001**0.5
 
     rise = int(5 * epoch)
-    rates = [float(step(t)) for t in (0, 1, rise - 1, rise, rise + 500)]
+    rates = [float(step(np.int32(t))) for t in (0, 1, rise - 1, rise, rise + 500)]
     want = [efficientnet_rate(t, epoch) for t in (0, 1, rise - 1, rise, rise + 500)]
     np.testing.assert_allclose(rates, want, rtol=1e-5, atol=1e-9)
     np.testing.assert_allclose(rates[2:4], [0.25584, 0.24087], atol=1e-5)
 
 
 @pytest.mark.parametrize("x64", [False, True])
-def test_every_stair_is_where_it_should_be(x64):
+def test_every_stair_is_where_it_should_be(x64, subtests, default_promotion):
     """Compiled, for many lengths: XLA multiplies by 1 / length where it may, and misses some."""
+    # Of the lengths that are not whole, the multiples by 5 are.
+    lengths = {float(n): (n, 1) for n in range(1, 130)}
+    lengths |= {2.4 * epoch: (12 * epoch, 5) for epoch in (31, 62, 313)}
+    tops, aside = np.repeat([1, 2, 3, 50], 2), np.tile([-1, 0], 4)
+    counts = {n: (tops * whole + aside).astype(np.int32) for n, (whole, _) in lengths.items()}
+
+    @jax.jit
+    def rates(counts):
+        return {n: stairs(1.0, n, 0.5)(count) for n, count in counts.items()}
+
     with jax.enable_x64(x64):
-        for length in range(1, 130):
-            counts = jnp.asarray([k * length + d for k in (1, 2, 3, 50) for d in (-1, 0)])
-            tops = jnp.asarray([k + d for k in (1, 2, 3, 50) for d in (-1, 0)])
-            got = jax.jit(jax.vmap(stairs(1.0, float(length), 0.5)))(counts)
-            np.testing.assert_array_equal(got, 0.5**tops)
-        # A length that is not whole, but whose multiples by 5 are.
-        for epoch in (31.0, 62.0, 313.0):
-            counts = jnp.asarray([k * 12 * int(epoch) + d for k in (1, 2, 3) for d in (-1, 0)])
-            tops = jnp.asarray([k * 5 + d for k in (1, 2, 3) for d in (-1, 0)])
-            got = jax.jit(jax.vmap(stairs(1.0, 2.4 * epoch, 0.5)))(counts)
-            np.testing.assert_array_equal(got, 0.5**tops)
+        got = rates(counts)
+    for n, (_, times) in lengths.items():
+        with subtests.test(length=n):
+            want = 0.5 ** (tops * times + aside)
+            np.testing.assert_array_equal(got[n], want.astype(got[n].dtype))
 
 
-def test_after_the_end():
+def test_after_the_end(subtests):
     """The learning rate stays 0, also of the last count there is."""
-    g = jnp.ones(2)
-    for tx in (recipes.impala(78125), recipes.torchbeast(46875), recipes.a2c(80e6, 80)):
-        state = tx.init(g)
-        for count in (10**6, 10**9, 2**31 - 1):
-            late = optax.tree.set(state, count=jnp.int32(count))
-            assert not jnp.any(jax.jit(tx.update)(g, late, g)[0])
+    txs = {
+        "impala": recipes.impala(78125),
+        "torchbeast": recipes.torchbeast(46875),
+        "a2c": recipes.a2c(80e6, 80),
+    }
+    g = np.ones(2, np.float32)
+
+    @jax.jit
+    def updates(count):
+        late = {n: optax.tree.set(tx.init(g), count=count) for n, tx in txs.items()}
+        return {n: tx.update(g, late[n], g)[0] for n, tx in txs.items()}
+
+    for count in (10**6, 10**9, 2**31 - 1):
+        for name, u in updates(np.int32(count)).items():
+            with subtests.test(recipe=name, count=count):
+                assert not np.any(u)
+    assert all(np.all(u < 0) for u in updates(np.int32(0)).values())
 
 
 def test_the_norm_of_float16_gradients():
     """Their squares are beyond float16; clipped in it, all updates would be 0."""
-    g = jnp.full(4, 300.0, jnp.float16)
-    for tx in (recipes.torchbeast(1000), recipes.a2c(1e6, 80)):
-        updates, _ = tx.update(g, tx.init(g))
-        assert updates.dtype == jnp.float16
-        want, _ = tx.update(g.astype(jnp.float32), tx.init(g))
-        np.testing.assert_allclose(updates, want, rtol=2e-3)
+    g = np.full(4, 300.0, np.float16)
+    txs = recipes.torchbeast(1000), recipes.a2c(1e6, 80)
+    update = jax.jit(lambda g: [tx.update(g, tx.init(g))[0] for tx in txs])
+    for got, want in zip(update(g), update(np.float32(g)), strict=True):
+        assert got.dtype == jnp.float16
+        assert np.all(want < 0)
+        np.testing.assert_allclose(got, want, rtol=2e-3)
 
 
-@pytest.mark.parametrize(
-    ("make", "norm"),
-    [
-        (lambda: recipes.torchbeast(1000), 40.0),
-        (lambda: recipes.a2c(1e6, 80), 0.5),
-        (lambda: recipes.impala(1000, 6e-4, eps=0.01, max_norm=40.0), 40.0),
-        (lambda: recipes.inception(800, max_norm=2.0, weight_decay=0), 2.0),
-    ],
-)
-def test_clipping_by_the_global_norm(make, norm):
-    tx, params = make(), {"a": jnp.ones(3), "b": jnp.ones(4)}
-    grads = {"a": jnp.full(3, 1000.0), "b": jnp.full(4, -500.0)}
-    scale = norm / np.sqrt(3 * 1000.0**2 + 4 * 500.0**2)
-    small = jax.tree.map(lambda g: g * scale, grads)
-    got, _ = tx.update(grads, tx.init(params), params)
-    want, _ = tx.update(small, tx.init(params), params)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5)
+def test_clipping_by_the_global_norm(subtests):
+    txs = {
+        "torchbeast": (recipes.torchbeast(1000), 40.0),
+        "a2c": (recipes.a2c(1e6, 80), 0.5),
+        "impala": (recipes.impala(1000, 6e-4, eps=0.01, max_norm=40.0), 40.0),
+        "inception": (recipes.inception(800, max_norm=2.0, weight_decay=0), 2.0),
+    }
+    params = {"a": np.ones(3, np.float32), "b": np.ones(4, np.float32)}
+    grads = {"a": np.full(3, 1000, np.float32), "b": np.full(4, -500, np.float32)}
+    length = np.sqrt(3 * 1000.0**2 + 4 * 500.0**2)
+    small = {
+        name: {leaf: g * np.float32(norm / length) for leaf, g in grads.items()}
+        for name, (_, norm) in txs.items()
+    }
+
+    @jax.jit
+    def updates(grads):
+        return {n: tx.update(grads[n], tx.init(params), params)[0] for n, (tx, _) in txs.items()}
+
+    got, want = updates(dict.fromkeys(txs, grads)), updates(small)
+    for name in txs:
+        with subtests.test(recipe=name):
+            assert np.all(got[name]["a"] < 0)
+            for leaf in params:
+                np.testing.assert_allclose(got[name][leaf], want[name][leaf], rtol=1e-5)
 
 
 def test_weight_decay_is_masked_and_part_of_what_is_clipped():
-    params = {"kernel": jnp.full((1, 1), 1e6), "bias": jnp.full(1, 1e6)}
-    grads = jax.tree.map(jnp.zeros_like, params)
+    params = {"kernel": np.full((1, 1), 1e6, np.float32), "bias": np.full(1, 1e6, np.float32)}
+    grads = jax.tree.map(np.zeros_like, params)
     mask = {"kernel": True, "bias": False}
-    for make in (recipes.mobilenet_v2, recipes.mobilenet_v3, recipes.inception):
-        tx = make(100.0, mask=mask)
-        updates, _ = tx.update(grads, tx.init(params), params)
-        assert updates["kernel"][0, 0] < 0
-        assert updates["bias"][0] == 0
-    tx = recipes.inception(100.0, mask=mask, max_norm=2.0, momentum=0.0)
-    updates, _ = tx.update(grads, tx.init(params), params)
+    clipped = {"max_norm": 2.0, "momentum": 0.0}
+    txs = [make(100.0, mask=mask) for make in (recipes.mobilenet_v2, recipes.mobilenet_v3)]
+    txs += [recipes.inception(100.0, mask=mask, **rest) for rest in ({}, clipped)]
+    updates = jax.jit(lambda: [tx.update(grads, tx.init(params), params)[0] for tx in txs])()
+    for u in updates:
+        assert u["kernel"][0, 0] < 0
+        assert u["bias"][0] == 0
     # The decay alone would be 40; it is clipped to 2.
     want = 0.045 * 2 / np.sqrt(0.9 + 0.1 * 4 + 1)
-    np.testing.assert_allclose(-updates["kernel"][0, 0], want, rtol=1e-5)
+    np.testing.assert_allclose(-updates[-1]["kernel"][0, 0], want, rtol=1e-5)
 
 
 def test_nature_dqn_and_dqn_zoo_agree_on_sum_and_mean():
     grads = gradients(50, dtype=np.float32, low=-3, high=2)
-    summed, _ = run(recipes.nature_dqn(), grads)
-    mean, _ = run(recipes.dqn_zoo(), [g / 32 for g in grads])
-    assert_close(mean, summed, 1e-5, 1e-5 * 2.5e-4)
+    summed, _ = run_all({"sum": recipes.nature_dqn()}, grads)
+    mean, _ = run_all({"mean": recipes.dqn_zoo()}, [g / 32 for g in grads])
+    assert np.all(np.any(mean["mean"], axis=0))
+    assert_close(mean["mean"], summed["sum"], 1e-5, 1e-5 * 2.5e-4)
 
 
 REFUSED = [
@@ -236,13 +263,18 @@ def test_refused(name, kwargs, error, message):
         getattr(recipes, name)(**kwargs)
 
 
-@pytest.mark.parametrize(("name", "kwargs"), [r[:2] for r in RECIPES], ids=name_only)
-def test_each_is_ready_to_chain_and_described(name, kwargs):
-    params = {"w": jnp.ones((2, 2)), "b": jnp.ones(2)}
-    tx = optax.chain(optax.clip(1.0), getattr(recipes, name)(**kwargs))
-    updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
-    assert jax.tree.structure(updates) == jax.tree.structure(params)
-    assert "x <- x - " in describe(tx)
+def test_each_is_ready_to_chain_and_described(subtests):
+    params = {"w": np.ones((2, 2), np.float32), "b": np.ones(2, np.float32)}
+    txs = {i: optax.chain(optax.clip(1.0), tx) for i, tx in made().items()}
+
+    @jax.jit
+    def first():
+        return {i: tx.update(params, tx.init(params), params)[0] for i, tx in txs.items()}
+
+    for i, updates in first().items():
+        with subtests.test(recipe=RECIPES[i][0]):
+            assert jax.tree.structure(updates) == jax.tree.structure(params)
+            assert "x <- x - " in describe(txs[i])
 
 
 @pytest.mark.parametrize("name", recipes.__all__)

@@ -1,0 +1,96 @@
+"""What Keras and TensorFlow 1 keep: variables by their paths, from files, slots by their names."""
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from conversions import MAPPING, NAMES, Framework, assert_same, begun, tree
+from rmsprop_jax import convert, dialects
+
+
+class Variable:
+    """As Keras's: an array with a path."""
+
+    def __init__(self, path, value):
+        self.path, self.value = path, value
+
+    def __array__(self, dtype=None, copy=None):
+        return np.asarray(self.value, dtype)
+
+
+def test_variables_of_keras_are_known_by_their_paths():
+    framework = Framework("keras", momentum=0.9)
+    params, state = begun(framework.tx, tree())
+    arrays = framework.to(state, params)
+    kinds = ["iteration", "learning_rate", *["a_velocity"] * 4, *["a_momentum"] * 4]
+    variables = [Variable(f"rmsprop/{k}", a) for k, a in zip(kinds, arrays, strict=True)]
+    assert_same(framework.back(variables, params), state)
+    kinds[2:6] = ["a_average"] * 4  # as with use_ema
+    variables = [Variable(f"rmsprop/{k}", a) for k, a in zip(kinds, arrays, strict=True)]
+    with pytest.raises(
+        ValueError, match=r"variables\[2\] is 'rmsprop/a_average', but .* a velocity"
+    ):
+        framework.back(variables, params)
+
+
+def test_variables_of_keras_may_come_from_a_file():
+    framework = Framework("keras", momentum=0.9, centered=True)
+    params, state = begun(framework.tx, tree())
+    arrays = framework.to(state, params)
+    file = {str(i): array for i, array in enumerate(arrays)}
+    file = {name: file[name] for name in sorted(file)}  # "1", "10", "11", "2", ...
+    again = framework.back(file, params)
+    assert_same(again._replace(nu=None), state._replace(nu=None))
+    scheduled = convert.to_keras(state, params, MAPPING, framework.tx, names=NAMES)
+    assert len(scheduled) == len(arrays) - 1
+    assert_same(framework.back(scheduled, params), again)
+    narrow = {name: a if a.ndim == 0 else a.astype(jnp.bfloat16) for name, a in file.items()}
+    stored = {n: a if a.ndim == 0 else a.view("V2") for n, a in narrow.items()}  # as in HDF5
+    assert_same(framework.back(stored, params), framework.back(narrow, params))
+    del file["10"]
+    with pytest.raises(ValueError, match=r"variables must be '0', '1', ..., got"):
+        framework.back(file, params)
+
+
+def test_keras_has_one_optimizer_for_all():
+    parts = {"a": dialects.keras(0.1), "b": dialects.keras(0.1, momentum=0.9)}
+    tx = optax.partition(parts, {"fc": "a", "cell": "b", "flat": "b"})
+    params, state = begun(tx, tree())
+    with pytest.raises(ValueError, match=r"one RMSProp for all variables"):
+        convert.to_keras(state, params, MAPPING, tx, names=NAMES)
+    alike = {"a": dialects.keras(0.1, weight_decay=0.1), "b": dialects.keras(0.1)}
+    tx = optax.partition(alike, {"fc": "a", "cell": "b", "flat": "b"})
+    params, state = begun(tx, tree())
+    arrays = convert.to_keras(state, params, MAPPING, tx, names=NAMES)
+    assert_same(convert.from_keras(arrays, params, MAPPING, tx, names=NAMES), state)
+    with pytest.raises(ValueError, match="mapping must name each of"):
+        convert.to_keras(state, params, MAPPING, tx, names=[*NAMES, "more"])
+
+
+def test_tensorflow_slots_by_name():
+    w, ones = np.zeros(2), np.ones(2)
+    variables = {"a/w": w, "a/w/RMSProp": ones, "a/w/RMSProp_1": 2 * ones, "global_step": 3}
+    slots = convert.tensorflow_v1_slots(variables)
+    assert {slot: list(of) for slot, of in slots.items()} == {"rms": ["a/w"], "momentum": ["a/w"]}
+    np.testing.assert_array_equal(slots["momentum"]["a/w"], 2)
+    centered = convert.tensorflow_v1_slots(variables | {"a/w/RMSProp_2": 3 * ones})
+    assert list(centered) == ["rms", "mg", "momentum"]
+    np.testing.assert_array_equal(centered["mg"]["a/w"], 2)
+    np.testing.assert_array_equal(centered["momentum"]["a/w"], 3)
+    with pytest.raises(ValueError, match=r"no variable is named like 'w/Other': .*'a/w'"):
+        convert.tensorflow_v1_slots(variables, "Other")
+    with pytest.raises(ValueError, match=r"\['b'\] have a slot 'rms' or a slot 'momentum'"):
+        convert.tensorflow_v1_slots(variables | {"b": w, "b/RMSProp": ones})
+    with pytest.raises(ValueError, match=r"\['b'\] have a slot 'rms' or a slot 'mg'"):
+        convert.tensorflow_v1_slots(variables | {f"b/RMSProp{i}": ones for i in ("", "_2")})
+
+
+def test_tensorflow_keeps_a_momentum_that_is_left_alone():
+    tx = dialects.tensorflow_v1(0.1)
+    params, state = begun(tx, tree())
+    slots = convert.to_tensorflow_v1(state, params, MAPPING, tx)
+    assert all(not np.any(array) for array in slots["momentum"].values())
+    slots["momentum"] = {name: array + 1 for name, array in slots["momentum"].items()}
+    again = convert.from_tensorflow_v1(slots, params, MAPPING, tx, steps=7)
+    assert_same(again, state)
