@@ -5,9 +5,9 @@
                                                        # begun here and ended there, and vice versa
     python tests/compare/record_convert.py --check --only pytorch timm
 
-The runs are those of checkpoints.py and models.py, each framework in a process of its own. A file
-holds for each case and dtype the framework's checkpoint half way, the parameters there, and those
-at the end of the uninterrupted run; what models.py gives; the versions, and a checksum of the
+The runs are those of checkpoint_cases.py and models.py, each framework in a process of its own. A
+file holds for each case and dtype the framework's checkpoint half way, the parameters there, and
+those at the end of the uninterrupted run; what models.py gives; the versions, and a checksum of the
 gradients.
 
 --check prints a table and fails if a difference exceeds its tolerance: 1e-11 in float64 and 5e-5 in
@@ -27,8 +27,9 @@ import time
 import numpy as np
 
 import cases
+from checkpoint_cases import CASES, K, error, problem, theirs
+import checkpoint_runs
 import checkpoints
-from checkpoints import CASES, K
 import frameworks
 import models
 
@@ -70,11 +71,11 @@ def run(framework):
     for case in CASES[framework]:
         found[case.name] = {}
         for dtype in DTYPES:
-            checkpoint, params = checkpoints.RUN[framework](case, dtype, 0, K)
-            _, final = checkpoints.RUN[framework](case, dtype, 0, cases.STEPS)
+            checkpoint, params = checkpoint_runs.RUN[framework](case, dtype, 0, K)
+            _, final = checkpoint_runs.RUN[framework](case, dtype, 0, cases.STEPS)
             part = {"checkpoint": checkpoint, "params": params, "final": final}
             ((given, params),) = begun_here(framework, [case], dtype, [part], tensors=True)
-            _, ended = checkpoints.RUN[framework](case, dtype, K, cases.STEPS, given, params)
+            _, ended = checkpoint_runs.RUN[framework](case, dtype, K, cases.STEPS, given, params)
             found[case.name][dtype] = part | {"ended": ended}
     record = {
         "version": frameworks.version(framework),
@@ -84,7 +85,7 @@ def run(framework):
     if framework in models.RUN:
         record["models"] = {name: models.RUN[framework](name) for name in models.NAMES}
     if framework == "tensorflow_v1":
-        record["objects"] = checkpoints.tensorflow_v1_objects()
+        record["objects"] = checkpoint_runs.tensorflow_v1_objects()
     return record
 
 
@@ -131,7 +132,7 @@ def begun_here(framework, listed, dtype, parts, *, tensors=False):
     mapping = checkpoints.mapping(framework)
     found = []
     with jax.enable_x64(dtype == "float64"):
-        starts = [checkpoints.params_of(checkpoints.problem(case, dtype)[1]) for case in listed]
+        starts = [checkpoints.params_of(problem(case, dtype)[1]) for case in listed]
         txs = [checkpoints.transformation(framework, case) for case in listed]
         runs = [(start, tx.init(start)) for start, tx in zip(starts, txs, strict=True)]
         runs = checkpoints.ours(framework, listed, dtype, runs, 0, K)
@@ -150,7 +151,7 @@ def at_k(framework, case, dtype, part):
     """Our parameters, transformation and state at the framework's checkpoint."""
     from rmsprop_jax import convert
 
-    _, start = checkpoints.problem(case, dtype)
+    _, start = problem(case, dtype)
     params = checkpoints.params_of(start)
     params = convert.params_from(part["params"], params, checkpoints.mapping(framework))
     tx = checkpoints.transformation(framework, case)
@@ -183,11 +184,11 @@ def errors(framework, listed, dtype, record):
     ended = ended_here(framework, listed, dtype, wanted)
     found = {}
     for case, want, (given, _), end in zip(listed, wanted, begun, ended, strict=True):
-        start = checkpoints.theirs(framework, checkpoints.problem(case, dtype)[1])
+        start = theirs(framework, problem(case, dtype)[1])
         ends = {ERRORS[0]: end}
         if "ended" in record["cases"][case.name][dtype]:
             ends[ERRORS[1]] = record["cases"][case.name][dtype]["ended"]
-        of = {n: checkpoints.error(case, start, p, want["final"]) for n, p in ends.items()}
+        of = {n: error(case, start, p, want["final"]) for n, p in ends.items()}
         of[ERRORS[2]] = distance(
             *checkpoints.comparable(framework, case, given, want["checkpoint"])
         )

@@ -14,8 +14,8 @@ import optax
 import pytest
 
 import cases
+from checkpoint_cases import CASES, error, problem, theirs
 import checkpoints
-from checkpoints import CASES
 import flax_models
 import models
 import record_convert
@@ -54,8 +54,8 @@ def test_every_checkpoint_shows(framework, listed, subtests):
     ends = record_convert.ended_here(framework, listed, "float64", parts, anew=True)
     for case, part, end in zip(listed, parts, ends, strict=True):
         with subtests.test(case=case.name):
-            start = checkpoints.theirs(framework, checkpoints.problem(case, "float64")[1])
-            assert checkpoints.error(case, start, end, part["final"]) > 1e-3
+            start = theirs(framework, problem(case, "float64")[1])
+            assert error(case, start, end, part["final"]) > 1e-3
 
 
 @pytest.mark.parametrize("framework", CASES)

@@ -1,0 +1,184 @@
+"""Where state_sharding says that the arrays of a state belong, through wrappers."""
+
+from typing import Any, NamedTuple
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+
+from helpers import assert_placed, assert_same, mesh_of, side_by_side, wait
+from rmsprop_jax import low_memory, rmsprop, sharding
+from sharded_params import PARAMS, RMS, WRAPPED, where
+
+MESH = mesh_of(8)
+ALL = NamedSharding(MESH, P())
+
+
+def by_optax(tx, params, wanted, others):
+    """The same from map_params, which asks init itself what it makes of a parameter."""
+    shapes = jax.eval_shape(tx.init, params)
+    return optax.tree.map_params(
+        tx,
+        lambda leaf, place: leaf if isinstance(leaf, optax.MaskedNode) else place,
+        shapes,
+        wanted,
+        transform_non_params=lambda _: others,
+        is_leaf=lambda node: isinstance(node, optax.MaskedNode),
+    )
+
+
+@pytest.mark.usefixtures("default_promotion")  # of optax's own
+def test_a_state_is_placed_like_its_parameters(subtests):
+    txs = {name: make() for name, make in WRAPPED.items() if name != "injected"}
+    tx, wanted = side_by_side(txs), {}
+    for name, one in txs.items():
+        wanted[name] = sharding.state_sharding(one, PARAMS, where(MESH))
+        with subtests.test(name):
+            assert wanted[name] == by_optax(one, PARAMS, where(MESH), ALL)
+    params = jax.device_put(dict.fromkeys(txs, PARAMS), dict.fromkeys(txs, where(MESH)))
+    state = wait(jax.jit(tx.init, out_shardings=wanted))(params)
+    _, new = wait(jax.jit(tx.update))(params, state, params)
+    for name in txs:
+        with subtests.test(name):
+            assert_placed(state[name], wanted[name])
+            assert_placed(new[name], wanted[name])
+
+
+def test_hyperparameters_are_everywhere():
+    tx = WRAPPED["injected"]()
+    wanted = sharding.state_sharding(tx, PARAMS, where(MESH))
+    assert wanted.inner_state.nu == wanted.inner_state.trace == where(MESH)
+    assert set(wanted.hyperparams.values()) == {ALL}
+
+
+@pytest.mark.parametrize("storage", [None, low_memory.q8(1, 0)], ids=str)
+def test_a_tree_that_is_one_leaf(storage):
+    place, everywhere = NamedSharding(MESH, P("x")), ALL
+    tx = optax.chain(rmsprop(0.1, storage=storage), optax.add_noise(0.1, 0.5, 0))
+    placed = sharding.state_sharding(tx, jnp.ones(16), place)
+    assert jax.tree.leaves(placed)[0] == everywhere  # the count
+    arrays = jax.tree.leaves(jax.eval_shape(tx.init, jnp.ones(16)))
+    for array, found in zip(arrays, jax.tree.leaves(placed), strict=True):
+        assert found == (place if array.shape == (16,) else everywhere)
+
+
+def test_shardings_may_be_a_prefix_and_parameters_shapes():
+    shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), PARAMS)
+    one = ALL
+    prefix = {"a": NamedSharding(MESH, P("x")), "kernel": one, "scale": one, "odd": one}
+    full = {**prefix, "a": dict.fromkeys(PARAMS["a"], prefix["a"])}
+    tx = rmsprop(0.1)
+    assert sharding.state_sharding(tx, shapes, prefix).nu == full
+    assert sharding.state_sharding(tx, PARAMS, full).nu == full
+    assert set(jax.tree.leaves(sharding.state_sharding(tx, shapes, one))) == {one}
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        kernel = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "x"))
+        return nn.Dense(16, kernel_init=kernel)(x)
+
+
+def test_flax_linen_with_boxes():
+    net = Net()
+    shapes = jax.eval_shape(net.init, jax.random.key(0), jnp.ones((1, 4)))
+    places = nn.get_sharding(shapes, MESH)
+    placed = sharding.state_sharding(rmsprop(0.1), shapes, places)
+    assert placed.nu["params"]["Dense_0"]["kernel"].value.spec == P(None, "x")
+    params = jax.jit(net.init, out_shardings=places)(jax.random.key(0), jnp.ones((1, 4)))
+    state = wait(jax.jit(rmsprop(0.1).init, out_shardings=placed))(params)
+    assert_placed(state, placed)
+
+
+@pytest.mark.parametrize("way", ["fsdp", "zero1"])
+@pytest.mark.parametrize("on_disk", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_state_goes_on_on_more_devices(way, on_disk, tmp_path):
+    plain, params = rmsprop(0.1, momentum=0.9), jax.tree.map(jnp.asarray, PARAMS)
+    grads = jax.tree.map(np.cos, PARAMS)
+    _, saved = jax.jit(plain.update)(grads, plain.init(params))
+    tx = sharding.zero1(plain, MESH, "x") if way == "zero1" else plain
+    whole = ALL if way == "zero1" else where(MESH)
+    placed = sharding.state_sharding(tx, params, whole)
+    if on_disk:
+        target = jax.tree.map(
+            lambda array, place: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place),
+            saved,
+            placed,
+        )
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(tmp_path / "state", saved)
+            checkpointer.wait_until_finished()
+            got = checkpointer.restore(tmp_path / "state", target)
+    else:
+        got = jax.device_put(saved, placed)
+    assert_placed(got, placed)
+    assert_same(jax.device_get(got), jax.device_get(saved))
+    got = wait(jax.jit(tx.update))(jax.device_put(grads, whole), got)
+    want = jax.jit(plain.update)(grads, saved)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, 1e-6)
+
+
+def test_nothing_is_compiled_to_know_where_a_state_belongs():
+    """So it can be asked of parameters that fit on no device."""
+    huge = {"w": jax.ShapeDtypeStruct((1 << 20, 1 << 20), jnp.float32)}
+    placed = sharding.state_sharding(RMS(), huge, NamedSharding(MESH, P("x")))
+    assert placed.nu["w"].shard_shape((1 << 20, 1 << 20)) == (1 << 17, 1 << 20)
+
+
+def test_a_mesh_without_devices_will_do():
+    mesh = AbstractMesh((1024,), ("x",), axis_types=(AxisType.Auto,))
+    params = {"w": jax.ShapeDtypeStruct((4096, 4096), jnp.float32)}
+    placed = sharding.state_sharding(RMS(), params, NamedSharding(mesh, P("x")))
+    assert placed.trace["w"].shard_shape((4096, 4096)) == (4, 4096)
+
+
+class Fields(NamedTuple):
+    """Parameters under the names of what is in a state."""
+
+    nu: Any
+    count: Any
+    w: Any
+
+
+@pytest.mark.parametrize("storage", [None, low_memory.q8(1, 0)], ids=str)
+def test_parameters_named_like_fields_of_the_state(storage):
+    params = Fields({"w": jnp.ones((8, 8))}, jnp.ones(()), jnp.ones((8, 8)))
+    where = Fields(
+        {"w": NamedSharding(MESH, P(None, "x"))},
+        NamedSharding(MESH, P()),
+        NamedSharding(MESH, P("x")),
+    )
+    tx = rmsprop(0.1, momentum=0.9, storage=storage)
+    placed = sharding.state_sharding(tx, params, where, memory_kind="pinned_host")
+    host = jax.tree.map(lambda place: place.with_memory_kind("pinned_host"), where)
+    nu = placed.nu if storage is None else placed.nu.codes
+    assert nu == host
+    assert placed.count == NamedSharding(MESH, P())
+
+
+def test_what_fills_the_place_of_exponents_may_lie_anywhere():
+    """Of a parameter that is exempt, however its last axis is sharded."""
+    params, place = {"w": jnp.ones((64, 776))}, NamedSharding(MESH, P(None, "x"))
+    tx = rmsprop(0.1, storage=low_memory.q8(256, exempt=lambda path: True))
+    placed = sharding.state_sharding(tx, params, place)
+    assert placed.nu.codes["w"] == place
+    state = wait(jax.jit(tx.init, out_shardings=placed))(jax.device_put(params, place))
+    assert_placed(state, placed)
+    assert sharding.zero1(tx, MESH, "x").init(params).nu.codes["w"].sharding.spec == P("x")
+
+
+def test_python_numbers_are_parameters_too():
+    for tx in (
+        rmsprop(0.1),
+        sharding.zero1(rmsprop(0.1), MESH, "x"),
+        sharding.zero1_mapped(rmsprop(0.1), "x"),
+    ):
+        assert sharding.state_sharding(tx, {"a": 1.0}, ALL).nu == {"a": ALL}

@@ -1,0 +1,145 @@
+"""What state_sharding, zero1 and zero1_mapped refuse."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
+import optax
+import pytest
+
+from helpers import mesh_of, wait
+from rmsprop_jax import low_memory, rmsprop, sharding
+from sharded_params import PARAMS
+
+MESH = mesh_of(8)
+ALL = NamedSharding(MESH, P())
+MIXED = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto, AxisType.Explicit))
+ZERO = sharding.zero1(rmsprop(0.1), MESH, "x")
+CAUTIOUS = optax.chain(rmsprop(0.1, momentum=0.9, cautious=True))
+REFUSED = [
+    (lambda: sharding.zero1(rmsprop, MESH, "x"), TypeError, "tx must be a gradient"),
+    (lambda: sharding.zero1(rmsprop(0.1), "x", "x"), TypeError, "mesh must be a jax.sharding.Mesh"),
+    (
+        lambda: sharding.zero1(rmsprop(0.1), MESH, "y"),
+        ValueError,
+        r"axis must be of the mesh, whose axes are \('x',\), got \('y',\)",
+    ),
+    (lambda: sharding.zero1(rmsprop(0.1), MESH, ()), TypeError, "axis must be a name or a tuple"),
+    (lambda: sharding.zero1(rmsprop(0.1), MESH, ("x", "x")), TypeError, "of different names"),
+    (
+        lambda: sharding.zero1(ZERO, MESH, "x"),
+        ValueError,
+        "zero1_mapped inside it: put them outside",
+    ),
+    (
+        lambda: sharding.zero1_mapped(ZERO, "x"),
+        ValueError,
+        "zero1_mapped inside it: put them outside",
+    ),
+    (
+        lambda: sharding.zero1_mapped(
+            rmsprop(0.1, storage=low_memory.bfloat16(axis_name="x")), "x"
+        ),
+        ValueError,
+        "the storage of tx must not have an axis_name",
+    ),
+    (
+        lambda: sharding.state_sharding(
+            rmsprop(0.1), PARAMS, NamedSharding(MESH, P(P.UNCONSTRAINED))
+        ),
+        ValueError,
+        "shardings must not be unconstrained",
+    ),
+    (lambda: sharding.zero1(rmsprop(0.1), MESH, ("x", "y")), ValueError, "axis must be"),
+    (lambda: sharding.zero1(rmsprop(0.1), MESH, 0), TypeError, "got 0"),
+    (
+        lambda: sharding.zero1(rmsprop(0.1), MIXED, "x"),
+        ValueError,
+        "mesh must have axes that are all Auto or all Explicit",
+    ),
+    (
+        lambda: sharding.zero1(rmsprop(0.1), MESH, "x", NamedSharding(MIXED, P())),
+        ValueError,
+        "shardings must be on the mesh",
+    ),
+    (lambda: sharding.zero1(rmsprop(0.1), MESH, "x", P()), TypeError, "must be of jax.sharding"),
+    (lambda: sharding.zero1_mapped(optax.sgd(0.1), "x"), TypeError, "tx must be an RMSProp"),
+    (lambda: sharding.zero1_mapped(CAUTIOUS, "x"), ValueError, "tx must not be cautious.*zero1"),
+    (lambda: sharding.zero1_mapped(rmsprop(0.1), 0), TypeError, "axis_name must be a name"),
+    (lambda: sharding.zero1_mapped(rmsprop(0.1), ()), TypeError, "axis_name must be a name"),
+    (lambda: sharding.state_sharding(0.1, PARAMS, ALL), TypeError, "tx must be a grad.*0.1"),
+    (lambda: sharding.state_sharding(rmsprop(0.1), PARAMS, P()), TypeError, "NamedSharding, got"),
+    (
+        lambda: sharding.state_sharding(
+            rmsprop(0.1), PARAMS, SingleDeviceSharding(jax.devices()[0])
+        ),
+        TypeError,
+        "shardings must be of jax.sharding.NamedSharding, got SingleDeviceSharding",
+    ),
+    (lambda: sharding.state_sharding(rmsprop(0.1), PARAMS, {"a": ALL}), ValueError, "kernel"),
+    (lambda: sharding.state_sharding(rmsprop(0.1), {}, {}), ValueError, "on one mesh"),
+    (
+        lambda: sharding.state_sharding(
+            rmsprop(0.1), {"a": 1.0, "b": 1.0}, {"a": ALL, "b": NamedSharding(MIXED, P())}
+        ),
+        ValueError,
+        "shardings must be on one mesh",
+    ),
+    (
+        lambda: sharding.state_sharding(ZERO, PARAMS, NamedSharding(MESH, P("x"))),
+        ValueError,
+        "shardings must be those of zero1",
+    ),
+    (
+        lambda: sharding.state_sharding(sharding.zero1_mapped(rmsprop(0.1), "y"), PARAMS, ALL),
+        ValueError,
+        r"axis_name of zero1_mapped must be of the mesh, whose axes are \('x',\), got \('y',\)",
+    ),
+    (
+        lambda: sharding.state_sharding(optax.chain(ZERO), PARAMS, ALL),
+        ValueError,
+        r"must not have zero1 or zero1_mapped inside it.*zero1\(optax.chain",
+    ),
+    (
+        lambda: sharding.state_sharding(
+            rmsprop(0.1), {"w": jnp.ones(12)}, NamedSharding(MESH, P("x"))
+        ),
+        ValueError,
+        r"parameter 'w' has the shape \(12,\), which .*'x'.* does not divide",
+    ),
+    (
+        lambda: sharding.state_sharding(
+            rmsprop(0.1), {"w": jnp.ones(8)}, NamedSharding(MESH, P(None, "x"))
+        ),
+        ValueError,
+        "parameter 'w'",
+    ),
+    (
+        lambda: sharding.state_sharding(rmsprop(0.1), PARAMS, ALL, memory_kind="moon"),
+        ValueError,
+        "moon",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), REFUSED)
+def test_refused(call, error, message):
+    with pytest.raises(error, match=re.compile(message, re.S)):
+        call()
+
+
+def test_blocks_that_do_not_divide_are_refused_by_state_sharding_and_cut_otherwise_by_zero1():
+    """Four blocks on an axis of eight parts would be cut, so zero1 takes another axis."""
+    params = {"w": jnp.ones((8, 40)), "v": jnp.ones((2, 40))}
+    tx = rmsprop(0.1, storage=low_memory.q8(16, 0))
+    place = NamedSharding(MESH, P(None, "x"))
+    with pytest.raises(
+        ValueError, match=r"'[vw]' has one number a block, of shape \(\d, 4\).*choose a block"
+    ):
+        sharding.state_sharding(tx, params, place)
+    tx = sharding.zero1(tx, MESH, "x")
+    state = wait(jax.jit(tx.init))(jax.device_put(params, ALL))
+    assert state.nu.codes["w"].sharding.spec == P("x")
+    assert state.nu.codes["v"].is_fully_replicated
