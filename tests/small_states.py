@@ -8,6 +8,7 @@ import numpy as np
 
 from rmsprop_jax import low_memory, rmsprop
 from rmsprop_jax._storage import is_packed, split
+from storages import FULL, PARAMS, STACKED
 
 STORAGES = {"q8": low_memory.q8(), "bfloat16": low_memory.bfloat16()}
 FORMS = [
@@ -71,24 +72,7 @@ def fields(state):
     return [field for field in (state.nu, state.mu, state.trace) if field is not None]
 
 
-def types(tree):
-    return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.weak_type), tree)
-
-
-# A step of every kind, and leaves of which the scalar is never held in few bits.
-FULL = {"centered": True, "momentum": 0.9, "weight_decay": 0.1, "bias_correction": True}
-SHORT_BLOCKS = {"q8": low_memory.q8(block=16, min_size=16), "bfloat16": low_memory.bfloat16()}
-_RNG = np.random.default_rng(0)
-_SHAPES = {"w": (4, 32), "b": (16,), "s": ()}
-PARAMS = {n: jnp.asarray(_RNG.standard_normal(shape), "f4") for n, shape in _SHAPES.items()}
-GRADS = {
-    n: np.float32(_RNG.standard_normal((4, *shape)) * 10.0 ** _RNG.integers(-4, 3, (4, *shape)))
-    for n, shape in _SHAPES.items()
-}
-GRAD = {n: jnp.asarray(grads[0]) for n, grads in GRADS.items()}
-
-
 @functools.cache
 def trained(storage):
-    """A state of these after four steps."""
-    return last(lambda: [rmsprop(0.1, **FULL, storage=storage)], GRADS, PARAMS)[0]
+    """A state with every slot after four steps."""
+    return last(lambda: [rmsprop(0.1, **FULL, storage=storage)], STACKED, PARAMS)[0]

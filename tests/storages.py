@@ -26,6 +26,7 @@ GRADS = [
     }
     for _ in range(4)
 ]
+STACKED = jax.tree.map(lambda *leaves: np.stack(leaves), *GRADS)
 
 
 def types(tree):

@@ -14,9 +14,10 @@ import pytest
 from conversions import FRAMEWORKS, tree
 from helpers import assert_same, mesh_of
 from rmsprop_jax import RMSPropState, convert, dialects, low_memory, rmsprop
-from small_states import FULL, GRAD, GRADS, PARAMS, SHORT_BLOCKS, decoded, last, trained, types
+from small_states import decoded, last, trained
+from storages import FULL, GRADS, PARAMS, SMALL, STACKED, types
 
-each_storage = pytest.mark.parametrize("storage", SHORT_BLOCKS.values(), ids=SHORT_BLOCKS)
+each_storage = pytest.mark.parametrize("storage", SMALL.values(), ids=SMALL)
 BLOCKS = {"q8": low_memory.q8(block=2, min_size=0), "bfloat16": low_memory.bfloat16()}
 BUILD = {
     "pytorch": dialects.pytorch,
@@ -136,7 +137,7 @@ def test_to_the_same_storage_changes_no_bit(storage):
 
 
 def test_from_one_block_to_another_is_rounded_once_more():
-    state = trained(SHORT_BLOCKS["q8"])
+    state = trained(SMALL["q8"])
     tx = rmsprop(0.1, **FULL, storage=low_memory.q8(block=4, min_size=16))
     new = convert.change_storage(state, PARAMS, tx)
     assert new.nu.exponents["w"].shape == new.trace.exponents["w"].shape == (4, 8)
@@ -171,7 +172,7 @@ def is_ours(value):
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
 def test_a_wrapped_state_changes_its_storage(wrap):
     """There and back."""
-    storage = SHORT_BLOCKS["q8"]
+    storage = SMALL["q8"]
     wide, small = (wrap(rmsprop(0.1, **FULL, storage=one)) for one in (None, storage))
     inner = trained(storage)
     state = jax.tree.map(
@@ -189,7 +190,11 @@ def test_a_wrapped_state_changes_its_storage(wrap):
     for path, value in old.items():
         np.testing.assert_array_equal(new[path], value)
     assert int(again.count) == 4
-    np.testing.assert_allclose(arrays(again)["nu/w"], old["nu/w"], rtol=2**-4)
+    nu, got = old["nu/w"], arrays(again)["nu/w"]
+    in_range = nu > 2.0**-30 * nu.max()  # what is below becomes the smallest of its block
+    assert np.mean(in_range) > 0.9
+    np.testing.assert_allclose(got[in_range], nu[in_range], rtol=2**-4)
+    assert np.all(got >= nu * (1 - 2**-4))
 
 
 @pytest.mark.usefixtures("default_promotion")  # for Optax
@@ -198,8 +203,8 @@ def test_a_partition_changes_one_storage_and_multi_steps_keeps_what_it_gathered(
         txs = {"a": rmsprop(0.1, **FULL, storage=a), "b": rmsprop(0.1, **FULL, storage=b)}
         return optax.MultiSteps(optax.partition(txs, {"w": "a", "b": "b", "s": "b"}), 3)
 
-    q8, bfloat16 = SHORT_BLOCKS.values()
-    (state,) = last(lambda: [wrapped(None, bfloat16)], GRADS, PARAMS)
+    q8, bfloat16 = SMALL.values()
+    (state,) = last(lambda: [wrapped(None, bfloat16)], STACKED, PARAMS)
     assert int(state.mini_step) == 1
     small = wrapped(q8, bfloat16)
     new = convert.change_storage(state, PARAMS, small)
@@ -207,7 +212,7 @@ def test_a_partition_changes_one_storage_and_multi_steps_keeps_what_it_gathered(
     assert_same(new._replace(inner_opt_state=None), state._replace(inner_opt_state=None))
     inner = [one.inner_opt_state.inner_states for one in (new, state)]
     assert_same(inner[0]["b"], inner[1]["b"])
-    _, after = jax.eval_shape(small.update, GRAD, new, PARAMS)
+    _, after = jax.eval_shape(small.update, GRADS[0], new, PARAMS)
     assert types(after) == types(new)
 
 
@@ -235,7 +240,7 @@ def test_other_trees_are_refused(storage, subtests):
 def test_a_changed_state_is_placed_like_the_parameters():
     mesh = mesh_of(4)
     params, _, state = wide_state((4, 64))
-    small = rmsprop(0.1, **FULL, storage=SHORT_BLOCKS["q8"])
+    small = rmsprop(0.1, **FULL, storage=SMALL["q8"])
     want = convert.change_storage(state, params, small)
     sharded = jax.device_put(params, NamedSharding(mesh, P("x")))
     got = jax.block_until_ready(convert.change_storage(state, sharded, small))

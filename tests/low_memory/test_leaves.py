@@ -14,7 +14,8 @@ import pytest
 from rmsprop_jax import low_memory, rmsprop
 from rmsprop_jax._storage import is_packed, split
 from rmsprop_jax.low_memory._blocks import block_of
-from small_states import FORMS, STORAGES, after, fields, last, row, table, types
+from small_states import FORMS, STORAGES, after, fields, last, row, table
+from storages import types
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import _results
 import low_memory_quality as quality
 import real_data
 from rmsprop_jax import rmsprop
-from small_states import types
+from storages import types
 
 # The networks divide pixels, which are integers.
 pytestmark = pytest.mark.usefixtures("default_promotion")

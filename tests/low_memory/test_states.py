@@ -10,9 +10,10 @@ import optax
 import pytest
 
 from rmsprop_jax import low_memory, rmsprop
-from small_states import FULL, GRAD, GRADS, PARAMS, SHORT_BLOCKS, trained, types
+from small_states import trained
+from storages import FULL, GRADS, PARAMS, SMALL, STACKED, types
 
-each_storage = pytest.mark.parametrize("storage", SHORT_BLOCKS.values(), ids=SHORT_BLOCKS)
+each_storage = pytest.mark.parametrize("storage", SMALL.values(), ids=SMALL)
 
 
 def cast(tree, dtype):
@@ -23,7 +24,7 @@ def assert_refused(tx, state, error, message):
     """Eagerly and when traced."""
     for update in (tx.update, jax.jit(tx.update)):
         with pytest.raises(error, match=message):
-            update(GRAD, state, PARAMS)
+            update(GRADS[0], state, PARAMS)
 
 
 @each_storage
@@ -51,17 +52,17 @@ def test_a_state_whose_floats_were_cast_to_bfloat16_is_refused_or_goes_on(storag
         lambda leaf: cast(leaf, jnp.bfloat16) if leaf.dtype == jnp.float32 else leaf, state
     )._replace(weight_sum=state.weight_sum)
     assert types(half) != types(state)
-    if storage is SHORT_BLOCKS["q8"]:
+    if storage is SMALL["q8"]:
         assert_refused(tx, half, (TypeError, AssertionError), "bfloat16")
     else:
-        _, new = jax.jit(tx.update)(GRAD, half, PARAMS)
+        _, new = jax.jit(tx.update)(GRADS[0], half, PARAMS)
         assert types(new) == types(half)
 
 
 @pytest.mark.parametrize("part", ["codes", "exponents", "scales"])
 def test_blocks_of_which_a_part_was_cast_are_refused(part):
-    tx = rmsprop(0.1, **FULL, storage=SHORT_BLOCKS["q8"])
-    state = trained(SHORT_BLOCKS["q8"])
+    tx = rmsprop(0.1, **FULL, storage=SMALL["q8"])
+    state = trained(SMALL["q8"])
     for field in ("nu", "trace"):
         held = getattr(state, field)
         broken = held._replace(**{part: cast(getattr(held, part), "float16")})
@@ -74,22 +75,22 @@ def test_blocks_of_which_a_part_was_cast_are_refused(part):
 def test_a_plain_state_of_codes_is_refused(dtype):
     state = cast(rmsprop(0.1, **FULL).init(PARAMS), dtype)
     for storage, error, message in (
-        (SHORT_BLOCKS["q8"], TypeError, "state.nu must be of this storage, got dict"),
-        (SHORT_BLOCKS["bfloat16"], AssertionError, dtype),
+        (SMALL["q8"], TypeError, "state.nu must be of this storage, got dict"),
+        (SMALL["bfloat16"], AssertionError, dtype),
     ):
         assert_refused(rmsprop(0.1, **FULL, storage=storage), state, error, message)
 
 
 def test_the_slots_of_other_parameters_are_refused():
-    tx = rmsprop(0.1, storage=SHORT_BLOCKS["q8"])
+    tx = rmsprop(0.1, storage=SMALL["q8"])
     other = tx.init(PARAMS | {"w": jnp.ones((4, 64))})
     with pytest.raises(AssertionError, match=r"'w'.*\[4, 32\].*\[4, 64\]"):
-        tx.update(GRAD, other)
+        tx.update(GRADS[0], other)
     with pytest.raises(AssertionError, match=r"missing \['w'\]"):
-        tx.update({"b": GRAD["b"], "s": GRAD["s"]}, tx.init(PARAMS))
+        tx.update({"b": GRADS[0]["b"], "s": GRADS[0]["s"]}, tx.init(PARAMS))
 
 
-ANY = {"float32": None, **SHORT_BLOCKS, "other blocks": low_memory.q8(block=4, min_size=64)}
+ANY = {"float32": None, **SMALL, "other blocks": low_memory.q8(block=4, min_size=64)}
 TXS = {name: rmsprop(0.1, **FULL, storage=storage) for name, storage in ANY.items()}
 # The second is of a state that the first takes and goes on with as it is held.
 TAKEN = [("q8", "other blocks"), ("other blocks", "q8"), ("bfloat16", "float32")]
@@ -107,7 +108,7 @@ def test_a_state_of_another_storage_goes_on_as_it_is_held(subtests):
 
         return jax.lax.scan(step, {p: TXS[p[1]].init(PARAMS) for p in pairs}, grads)[0]
 
-    states = run(GRADS)
+    states = run(STACKED)
     for name, other in TAKEN:
         with subtests.test(state=other, storage=name):
             got, want = states[name, other], states[other, other]

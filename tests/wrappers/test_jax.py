@@ -19,6 +19,7 @@ from storages import (
     SHAPES,
     SLOTS,
     SMALL,
+    STACKED,
     assert_as_plain,
     assert_near,
     each_storage,
@@ -39,7 +40,6 @@ FORMS = [
 ]
 TXS = {f"float32 {form}": rmsprop(0.1, **form) for form in FORMS}
 TXS |= {name: rmsprop(0.1, **FULL, storage=storage) for name, storage in SMALL.items()}
-STACKED = jax.tree.map(lambda *leaves: np.stack(leaves), *GRADS)
 
 
 @functools.cache
