@@ -29,7 +29,8 @@ def compilation_cache():
 for setting, value in STRICT.items():
     jax.config.update(setting, value)
 if sys.prefix != sys.base_prefix:  # else the folder would be the system's
-    jax.config.update("jax_compilation_cache_dir", str(compilation_cache()))
+    CACHE = compilation_cache()
+    jax.config.update("jax_compilation_cache_dir", str(CACHE))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 

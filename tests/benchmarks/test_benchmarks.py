@@ -1,11 +1,13 @@
 """The benchmarks run, count right, and their pages say what their results say."""
 
+import functools
 import itertools
 import json
 import re
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -24,14 +26,17 @@ import scaling
 import step
 import trees
 
+pytestmark = pytest.mark.usefixtures("default_promotion")  # as their users run them
+
+# How many rows --quick gives, and how many where all is small.
 BENCHMARKS = {
-    step: 6,
-    eager: 3,
-    compilation: 3,
-    memory: 6,
-    low_memory_step: 7,
-    many_leaves: 4,
-    scaling: 16,
+    step: (6, 2),
+    eager: (3, 1),
+    compilation: (3, 1),
+    memory: (6, 2),
+    low_memory_step: (7, 3),
+    many_leaves: (4, 2),
+    scaling: (16, 4),
 }
 
 
@@ -41,16 +46,40 @@ def _optax_only(monkeypatch):
     monkeypatch.setattr(libraries, "others", lambda: {"optax": libraries.theirs})
 
 
-@pytest.mark.parametrize(
-    ("benchmark", "rows"), BENCHMARKS.items(), ids=lambda one: getattr(one, "__name__", "")
-)
-def test_a_benchmark_runs(benchmark, rows, capsys, monkeypatch):
+def assert_runs(benchmark, rows, capsys, monkeypatch):
     monkeypatch.setattr(_results, "save", lambda *_: pytest.fail("--quick writes nothing"))
     found = benchmark.main(["--quick"])
     assert len(found) == rows
     assert _results.table(found, _results.machine()) in capsys.readouterr().out
     for row in found:
         assert [*row] == [*found[0]]
+
+
+def name(benchmark):
+    return benchmark.__name__
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("benchmark", BENCHMARKS, ids=name)
+def test_a_benchmark_runs(benchmark, capsys, monkeypatch):
+    assert_runs(benchmark, BENCHMARKS[benchmark][0], capsys, monkeypatch)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """One form, one leaf, one way to pack, two devices that are used in two ways."""
+    for benchmark in (step, eager, compilation, memory, low_memory_step):
+        monkeypatch.setattr(benchmark, "FORMS", {"plain": {}})
+    for benchmark in (eager, many_leaves):
+        monkeypatch.setattr(benchmark, "small_leaves", lambda leaves: [jnp.ones((3, 7))])
+    monkeypatch.setattr(many_leaves, "WAYS", {"by 32": many_leaves.packed})
+    monkeypatch.setattr(scaling, "WAYS", ("replicated", "`zero1_mapped`"))
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+
+
+@pytest.mark.parametrize("benchmark", BENCHMARKS, ids=name)
+def test_a_benchmark_runs_in_small(benchmark, small, capsys, monkeypatch):
+    assert_runs(benchmark, BENCHMARKS[benchmark][1], capsys, monkeypatch)
 
 
 def test_every_benchmark_is_tested_and_on_the_page():
@@ -157,17 +186,22 @@ def test_the_same_step_is_timed_of_each_library(form):
         np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_packed_leaves_train_like_a_tree():
-    params = eager.small_leaves(70)
-    grads = jax.tree.map(lambda leaf: leaf * np.arange(1, 8, dtype=np.float32), params)
-    updates = []
-    for tx in (rmsprop(0.1), many_leaves.packed(rmsprop(0.1))):
-        state = tx.init(params)
-        for _ in range(2):
-            u, state = tx.update(grads, state)
-        updates.append(u)
+    shapes = jax.eval_shape(functools.partial(eager.small_leaves, 40))
+    row = np.arange(1, 8, dtype=np.float32)
+    grads = jax.tree.map(lambda leaf: np.broadcast_to(row, leaf.shape), shapes)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def second(tx, grads):
+        _, state = tx.update(grads, tx.init(grads))
+        return tx.update(grads, state)
+
+    plain, _ = jax.device_get(second(rmsprop(0.1), grads))
+    packed, state = jax.device_get(second(many_leaves.packed(rmsprop(0.1)), grads))
     assert len(jax.tree.leaves(state)) == 2  # count and nu
-    for a, b in zip(*map(jax.tree.leaves, updates), strict=True):
+    for a, b in zip(*map(jax.tree.leaves, (plain, packed)), strict=True):
+        assert (a < -0.1).all()
         np.testing.assert_allclose(a, b, rtol=1e-6)
 
 

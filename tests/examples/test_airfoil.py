@@ -1,6 +1,8 @@
 """The examples on airfoil data, against loops in NumPy in float64 with derivatives by hand."""
 
+import contextlib
 import functools
+import io
 import os
 from pathlib import Path
 import re
@@ -22,12 +24,15 @@ EXAMPLES = {
 }
 
 
+def find_data(folder, monkeypatch):
+    """The real file where there is one, else one like it: of 203 rows."""
+    if not os.environ.get("RMSPROP_JAX_DATA"):
+        like_airfoil(folder, monkeypatch)
+
+
 @pytest.fixture
 def data(tmp_path, monkeypatch):
-    """The real file where there is one, else one like it: of 203 rows."""
-    if os.environ.get("RMSPROP_JAX_DATA"):
-        return
-    like_airfoil(tmp_path, monkeypatch)
+    find_data(tmp_path, monkeypatch)
 
 
 def assert_png(file):
@@ -70,14 +75,17 @@ def test_without_its_data_an_example_says_so_in_a_line(example, tmp_path, monkey
 # Linear regression.
 
 
-@pytest.fixture
-def regression(data, monkeypatch, tmp_path, capsys):
-    """What main returns, the arguments of its trainings, and what it prints."""
-    calls = []
+@pytest.fixture(scope="module")
+def regression(tmp_path_factory):
+    """What main returns, the arguments of its trainings, what it prints and what it draws."""
+    folder = tmp_path_factory.mktemp("regression")
+    calls, printed, out = [], io.StringIO(), folder / "new" / "curves.png"
     train = airfoil.train
-    monkeypatch.setattr(airfoil, "train", lambda *args: calls.append(args) or train(*args))
-    result = airfoil.main(["--every", "7", "--out", str(tmp_path / "new" / "curves.png")])
-    return result, calls, capsys.readouterr().out.splitlines()
+    with pytest.MonkeyPatch.context() as monkeypatch, contextlib.redirect_stdout(printed):
+        find_data(folder, monkeypatch)
+        monkeypatch.setattr(airfoil, "train", lambda *args: calls.append(args) or train(*args))
+        result = airfoil.main(["--every", "7", "--out", str(out)])
+    return result, calls, printed.getvalue().splitlines(), out
 
 
 def regression_by_hand(params, x, y, batches, every, eps_inside, eps_outside):
@@ -96,7 +104,7 @@ def regression_by_hand(params, x, y, batches, every, eps_inside, eps_outside):
 
 
 def test_each_way_is_the_rule_with_its_eps(regression):
-    result, calls, _ = regression
+    result, calls, *_ = regression
     eps = {
         "from scratch": (1e-6, 0),
         "rmsprop": (1e-6, 0),
@@ -116,7 +124,7 @@ def test_each_way_is_the_rule_with_its_eps(regression):
 
 
 def test_no_loss_is_below_that_of_the_normal_equations(regression):
-    result, calls, _ = regression
+    result, calls, *_ = regression
     x, y = (a.astype(float) for a in calls[0][2:4])
     columns = np.column_stack([x, np.ones(len(x))])
     line = np.linalg.solve(columns.T @ columns, columns.T @ y)
@@ -125,17 +133,18 @@ def test_no_loss_is_below_that_of_the_normal_equations(regression):
     assert all(loss > floor for losses in result.losses.values() for loss in losses)
 
 
-def test_regression_prints_what_it_returns(regression, tmp_path):
-    result, _, lines = regression
+def test_regression_prints_what_it_returns(regression):
+    result, _, lines, out = regression
     first = result.losses["from scratch"]
     assert lines[1].split() == ["from", "scratch", f"{first[-1]:.5f}"]
     for line, name in zip(lines[2:5], ["rmsprop", "pytorch", "keras"], strict=True):
         away = max(abs(a - b) for a, b in zip(result.losses[name], first, strict=True))
         assert line.split() == [name, f"{result.losses[name][-1]:.5f}", f"{away:.1e}"]
     assert lines[5].split() == ["least", "squares", f"{result.floor:.5f}"]
-    assert_png(tmp_path / "new" / "curves.png")
+    assert_png(out)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.environ.get("RMSPROP_JAX_DATA"), reason="of the real data")
 def test_the_last_loss_on_the_real_data_is_near_that_of_least_squares(tmp_path):
     result = airfoil.main(["--out", str(tmp_path / "curves.png")])
@@ -157,17 +166,28 @@ def loss_and_grads(params, x, y):
     return np.mean(error**2), [back1.sum(0), back.sum(), x.T @ back1, hidden.T @ back]
 
 
+SEEDS = (3, 5)
+BATCHES = np.random.default_rng(2).integers(40, size=(2, 12, 4))  # of each seed
+
+
+@functools.cache
+def networks(example):
+    """Of all seeds at once, as main makes them: to compile random numbers takes seconds."""
+    of_seeds = jax.vmap(lambda seed: example.network(jax.random.key(seed)))
+    return jax.device_get(of_seeds(np.array(SEEDS)))
+
+
+def network(example, seed):
+    return jax.tree.map(lambda leaf: leaf[SEEDS.index(seed)], networks(example))
+
+
 def start(example, seed):
-    leaves = jax.tree.leaves(example.network(jax.random.key(seed)))
-    return [np.asarray(leaf, float) for leaf in leaves]
+    return [np.asarray(leaf, float) for leaf in jax.tree.leaves(network(example, seed))]
 
 
 def rows_like_data():
     rng = np.random.default_rng(1)
     return rng.standard_normal((40, 5), dtype=np.float32), rng.standard_normal(40, dtype=np.float32)
-
-
-BATCHES = np.random.default_rng(2).integers(40, size=(2, 12, 4))  # of two seeds
 
 
 def late_loss_by_hand(decays, rate, seed, batches, bias_correction):
@@ -184,14 +204,14 @@ def late_loss_by_hand(decays, rate, seed, batches, bias_correction):
     return np.mean(losses[9:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bias_correction", [False, True])
 def test_every_decay_rate_and_seed_trains_as_if_alone(bias_correction):
     t = np.arange(1, 13)
     decays = np.array([np.full(12, 0.9), np.full(12, 0.999), 1 - 1 / t, np.linspace(1, 0.5, 12)])
     decays[3, 0] = 0.99
-    seeds = (3, 5)
     losses = adaptive_decay.final_losses(
-        decays.astype(np.float32), seeds, BATCHES, *rows_like_data(), bias_correction
+        decays.astype(np.float32), SEEDS, BATCHES, *rows_like_data(), bias_correction
     )
     rates = adaptive_decay.RATES
     assert losses.shape == (4, len(rates), 2)
@@ -199,7 +219,7 @@ def test_every_decay_rate_and_seed_trains_as_if_alone(bias_correction):
         [
             [
                 late_loss_by_hand(decay, rate, seed, batches, bias_correction)
-                for seed, batches in zip(seeds, BATCHES, strict=True)
+                for seed, batches in zip(SEEDS, BATCHES, strict=True)
             ]
             for rate in rates
         ]
@@ -242,6 +262,7 @@ def test_adaptive_decay_prints_what_it_returns(data, tmp_path, capsys):
     result = adaptive_decay.main([*EXAMPLES[adaptive_decay], "--out", str(out)])
     assert_png(out)
     assert result.losses.shape == (2, 12, 4, 4)
+    assert (np.ptp(result.losses[:, :8], axis=1) > 0).all()  # the decay matters
     # The plain mean needs no correction: the sum of its weights is 1.
     plain = result.losses[:, result.names.index("1 - 1/t up to .999")]
     np.testing.assert_allclose(plain[0], plain[1], rtol=1e-4)
@@ -261,12 +282,13 @@ def test_adaptive_decay_prints_what_it_returns(data, tmp_path, capsys):
         assert re.search("\n".join(rows), printed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adagrad", "rmsprop"])
 def test_the_effective_rate_is_the_factor_of_the_gradient(name):
     x, y = rows_like_data()
     batches = BATCHES[0].reshape(2, 6, 4)
     method = adagrad_vs_rmsprop.METHODS[name]
-    params = adagrad_vs_rmsprop.network(jax.random.key(3))
+    params = network(adagrad_vs_rmsprop, 3)
     train = jax.jit(functools.partial(adagrad_vs_rmsprop.train, method, 1e-6, x, y))
     trained = train(0.05, params, batches)
     x, y = x.astype(float), y.astype(float)
@@ -299,6 +321,7 @@ def test_adagrad_vs_rmsprop_prints_what_it_returns(data, tmp_path, capsys):
         medians = [f"{run.effective[step - 1, 1]:.4f}" for step in at]
         assert lines[7 + i].split() == [name, *medians, f"{run.rate:g}", f"{run.loss:.4f}"]
         assert run.loss == pytest.approx(run.losses[-1])  # a quarter of two epochs is the last
+        assert len({*run.sweep}) == len(run.sweep)  # the learning rate matters
     # A sum of squares never falls, so no effective rate of Adagrad's ever rises.
     assert (np.diff(runs["adagrad"].effective, axis=0) <= 0).all()
     assert (np.diff(runs["rmsprop"].effective[:, 1]) > 0).any()

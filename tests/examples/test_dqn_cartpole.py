@@ -20,6 +20,17 @@ def small(monkeypatch):
         monkeypatch.setattr(dqn, name, value)
 
 
+@functools.cache
+def _small_agents():
+    return jax.jit(functools.partial(dqn.new_agent, recipes.nature_dqn()))
+
+
+@pytest.fixture
+def new_agent(small):
+    """Makes an agent of these sizes from a key; compiled once for all tests."""
+    return _small_agents()
+
+
 def leaves(params):
     return {name: np.asarray(value, float) for name, value in params.items()}
 
@@ -80,6 +91,7 @@ def test_starts_are_within_a_twentieth_of_upright():
     assert (np.abs(starts.mean(axis=0)) < 5 * 0.05 / 3**0.5 / 1000**0.5).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["push right", "balance"])
 def test_a_return_counts_the_steps_of_an_episode(policy):
     """Of push right; and of a straight line that balances, as two ReLUs of opposite sign."""
@@ -108,9 +120,9 @@ def test_a_return_counts_the_steps_of_an_episode(policy):
 # The agent.
 
 
-def test_memory_holds_the_last_steps_of_every_cart(small):
-    tx = recipes.nature_dqn()
-    agent = jax.jit(functools.partial(dqn.new_agent, tx))(jax.random.key(0))
+@pytest.mark.slow
+def test_memory_holds_the_last_steps_of_every_cart(new_agent):
+    agent = new_agent(jax.random.key(0))
     play = jax.jit(dqn.play)
     ended, full = 0, 0
     for count in range(60):
@@ -138,6 +150,7 @@ def test_memory_holds_the_last_steps_of_every_cart(small):
     assert full
 
 
+@pytest.mark.slow
 def test_epsilon_falls_in_a_line_after_the_steps_at_random(monkeypatch):
     monkeypatch.setattr(dqn, "CARTS", 4000)
     monkeypatch.setattr(dqn, "MEMORY", 4000)
@@ -173,6 +186,7 @@ def gradients_by_hand(params, target, batch):
     return grads, difference
 
 
+@pytest.mark.slow
 def test_gradients_are_of_clipped_temporal_differences():
     network = jax.jit(dqn.network)
     params, target = (network(jax.random.key(seed)) for seed in (0, 1))
@@ -185,9 +199,10 @@ def test_gradients_are_of_clipped_temporal_differences():
         np.testing.assert_allclose(got[name], grad, rtol=0, atol=2e-5, err_msg=name)
 
 
-def test_updates_are_by_the_rule_of_the_paper_and_the_target_follows(small):
+@pytest.mark.slow
+def test_updates_are_by_the_rule_of_the_paper_and_the_target_follows(new_agent):
     tx = recipes.nature_dqn(0.01)
-    agent = jax.jit(functools.partial(dqn.new_agent, tx))(jax.random.key(2))
+    agent = new_agent(jax.random.key(2))
     agent = agent._replace(memory=jax.tree.map(jnp.asarray, batch_of(np.random.default_rng(1), 32)))
     learn = jax.jit(functools.partial(dqn.learn, tx))
     history, start, copies = [], leaves(agent.params), leaves(agent.params)
@@ -211,14 +226,14 @@ def test_updates_are_by_the_rule_of_the_paper_and_the_target_follows(small):
         np.testing.assert_allclose(param, want.astype(float), rtol=0, atol=1e-4, err_msg=name)
 
 
-def test_training_learns_only_after_the_steps_at_random(small, monkeypatch):
+@pytest.mark.slow
+def test_training_learns_only_after_the_steps_at_random(new_agent, monkeypatch):
     def note(tx, agent, key, count):
         return agent._replace(opt_state=agent.opt_state.at[count].add(1))
 
     monkeypatch.setattr(dqn, "learn", note)
     monkeypatch.setattr(dqn, "evaluate", lambda params, key: 0.0)
-    agent = jax.jit(functools.partial(dqn.new_agent, recipes.nature_dqn()))(jax.random.key(0))
-    agent = agent._replace(opt_state=jnp.zeros(21, int))
+    agent = new_agent(jax.random.key(0))._replace(opt_state=jnp.zeros(21, int))
     train = jax.jit(functools.partial(dqn.train, None))
     agent, _ = train(agent, jax.random.key(1), np.arange(20))
     # Ten calls of play are the 40 steps; then each is followed by an update.

@@ -46,12 +46,14 @@ def assert_alike_in_losses_but_not_in_memory(results, n):
         assert result.state_bytes == 2 * 4 * held(n if way in SPLIT_STATE else 1) + 4, way
 
 
+@pytest.mark.slow
 def test_all_ways_have_the_losses_of_one_device_and_each_its_memory(tmp_path):
     results = multi_device.main([*FLAGS, "--out", str(tmp_path / "picture.png")])
     assert list(results) == WAYS
     assert_alike_in_losses_but_not_in_memory(results, 8)
 
 
+@pytest.mark.slow
 def test_one_device_trains_as_nnx_does_under_optax(tmp_path):
     """Which know nothing of splitting a model, or of our update."""
     out = str(tmp_path / "picture.png")
@@ -81,6 +83,7 @@ def test_one_device_trains_as_nnx_does_under_optax(tmp_path):
     assert one.losses[-1] < 0.5 * one.losses[0]
 
 
+@pytest.mark.slow
 def test_one_always_runs_and_two_devices_split_in_halves(tmp_path, capsys):
     """The last bias, of ten numbers, too, which eight devices do not divide."""
     flags = ["--devices", "2", "--mode", "shard_map", "fsdp", "--out", str(tmp_path / "p.png")]
@@ -100,6 +103,7 @@ def test_main_prints_what_it_measured(tmp_path, capsys):
         sizes = [f"{result.param_bytes:,}", f"{result.state_bytes:,}"]
         losses = [f"{result.losses[step - 1]:.7f}" for step in (1, 5, 9)]
         assert line.split() == [way, *sizes, *losses, f"{result.accuracy:.2%}"]
+    assert all(result.losses[-1] < result.losses[0] for result in results.values())
     apart = np.abs(np.subtract(results["zero1"].losses, results["one"].losses)).max()
     last = f"Losses at most {apart:.1e} from those of one device, picture in {out}"
     assert lines[6:] == ["", last]
@@ -138,6 +142,7 @@ def wait_for(step, *args):
     return jax.block_until_ready(step(*args))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_steps_leave_all_where_it_was_and_copies_alike(way, start, batches):
     """Copies that each device updates by itself would drift apart unnoticed."""
@@ -220,6 +225,7 @@ def clothes(monkeypatch):
     return 0.9
 
 
+@pytest.mark.slow
 def test_main_on_fashion_mnist(clothes, tmp_path):
     flags = ["--steps", "20", "--batch", "256", "--out", str(tmp_path / "picture.png")]
     results = multi_device.main([*flags, "--mode", "pmap", "fsdp", "zero1"])
@@ -227,6 +233,7 @@ def test_main_on_fashion_mnist(clothes, tmp_path):
     assert results["one"].accuracy > clothes
 
 
+@pytest.mark.slow
 def test_from_the_command_line_it_makes_its_devices(tmp_path):
     """Without what conftest.py sets, in particular more threads than cores."""
     script = Path(multi_device.__file__)

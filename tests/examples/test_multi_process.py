@@ -23,6 +23,7 @@ import rmsprop_jax
 
 DATA = "airfoil" if os.environ.get("RMSPROP_JAX_DATA") else "random"
 STEPS, EVERY = 150, 10
+RESULT = r"Step \d+, test loss \d\.\d{4}, parameters [0-9a-f]{64}"
 
 
 class Run:
@@ -77,7 +78,7 @@ class Run:
     def result(self):
         text, code = self.end()
         assert code == 0, text
-        return re.findall(r"Step \d+, test loss \d\.\d{4}, parameters [0-9a-f]{64}\n", text)[-1]
+        return re.findall(RESULT + "\n", text)[-1]
 
 
 @pytest.fixture
@@ -100,6 +101,7 @@ def saved(tmp_path, name):
     return max(ocp.utils.checkpoint_steps(tmp_path / name), default=0)
 
 
+@pytest.mark.slow
 def test_kills_cost_nothing_but_the_steps_since_the_last_checkpoint(start, tmp_path):
     rng = random.Random(0)
     first = 0
@@ -128,6 +130,7 @@ def test_kills_cost_nothing_but_the_steps_since_the_last_checkpoint(start, tmp_p
     assert halves == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "stop",
     [
@@ -148,6 +151,7 @@ def test_a_run_that_is_asked_to_stop_saves_the_step_it_is_at(stop, start, tmp_pa
     assert "Traceback" not in text
 
 
+@pytest.mark.slow
 def test_a_death_before_the_processes_have_met_ends_the_run(start):
     run = start("run")
     os.kill(run.pid(1), signal.SIGKILL)
@@ -156,6 +160,7 @@ def test_a_death_before_the_processes_have_met_ends_the_run(start):
     assert "process 0 was ended by SIGTERM, process 1 was ended by SIGKILL" in text
 
 
+@pytest.mark.slow
 def test_devices_count_not_the_processes_that_have_them(start):
     """A run may resume in another number of processes, to the same bits."""
     assert start("moved", processes=1, steps=15, devices=2).result().startswith("Step 15,")
@@ -180,8 +185,28 @@ def test_main_without_a_cluster_says_what_to_do(monkeypatch):
         example.main(["--data", "random"])
 
 
-@pytest.mark.parametrize("batch", ["7", "104"])
-def test_main_refuses_a_batch_that_does_not_fit(batch, monkeypatch):
+@pytest.fixture
+def alone(monkeypatch):
+    """This process is the only one, with its eight devices."""
     monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **kwargs: None)
+
+
+def test_one_process_goes_on_from_its_checkpoint_to_the_same_bits(alone, tmp_path, capsys):
+    def run(name, steps):
+        flags = ["--data", "random", "--batch", "64", "--every", "2", "--steps", str(steps)]
+        example.main([*flags, "--checkpoint", str(tmp_path / name)])
+        return capsys.readouterr().out.splitlines()
+
+    at, end = run("stopped", 3)
+    assert at == "process 0 of 1: 8 of 8 devices, from step 0"
+    assert re.fullmatch(RESULT.replace(r"\d+", "3", 1), end)
+    assert saved(tmp_path, "stopped") == 3
+    at, resumed = run("stopped", 6)
+    assert at == "process 0 of 1: 8 of 8 devices, from step 3"
+    assert resumed == run("whole", 6)[1] != end
+
+
+@pytest.mark.parametrize("batch", ["7", "104"])
+def test_main_refuses_a_batch_that_does_not_fit(batch, alone):
     with pytest.raises(SystemExit, match=r"--batch must be a multiple of 8, .* at most 100"):
         example.main(["--data", "random", "--batch", batch])

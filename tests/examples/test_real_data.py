@@ -333,6 +333,7 @@ if os.environ.get("RMSPROP_JAX_DATA"):
         assert rows[:, :4].min(axis=0) == pytest.approx([200, 0, 0.0254, 31.7])
         assert rows[:, :4].max(axis=0) == pytest.approx([20000, 22.2, 0.3048, 71.3])
 
+    @pytest.mark.slow
     def test_the_real_fashion_mnist_has_as_many_images_of_each_class():
         data = real_data.fashion_mnist()
         assert data.images.shape == (60_000, 28, 28)

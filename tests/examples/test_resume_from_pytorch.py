@@ -7,6 +7,7 @@ sums of another order, over ten steps of losses of size 1.
 from pathlib import Path
 import sys
 import tomllib
+import types
 
 from flax import nnx
 import jax
@@ -18,12 +19,13 @@ import resume_from_pytorch as example
 
 RECORD = record_resume.load()
 SWITCH = record_resume.SWITCH
+TRAIN = example.train
 FLAGS = {"plain": [], "full": ["--learning-rate", "1e-3", "--momentum", "0.9", "--centered"]}
 
 
 def train(checkpoint):
     """Our losses after the checkpoint."""
-    return example.train(checkpoint, RECORD["x"], RECORD["y"], record_resume.EPOCHS - SWITCH)
+    return TRAIN(checkpoint, RECORD["x"], RECORD["y"], record_resume.EPOCHS - SWITCH)
 
 
 @pytest.mark.parametrize("run", record_resume.RUNS)
@@ -60,7 +62,7 @@ def test_the_step_is_traced_once_and_reuses_the_memory_of_what_it_replaces(monke
 
 def test_main_without_pytorch_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    pyproject = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    pyproject = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
     extras = pyproject["project"]["optional-dependencies"]
     (version,) = (name for name in extras["compare"] if name.startswith("torch"))
     with pytest.raises(SystemExit, match=rf"pip install {version}.*\[compare\]"):
@@ -85,23 +87,44 @@ def test_the_table_has_some_twenty_epochs(capsys):
         assert losses == [f"{1 / int(epoch):.7f}"] * (1 + (int(epoch) > 30))
 
 
+def assert_shows(result, switch, out, printed):
+    theirs, ours = result
+    difference = np.abs(np.subtract(theirs[switch:], ours)).max()
+    assert difference < 1e-5
+    assert out.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    *table, last = printed.out.splitlines()
+    after = len(theirs) - switch
+    assert [len(row.split()) for row in table[1:]] == [2] * switch + [3] * after
+    assert last == f"Largest difference {difference:.1e}, curves in {out}"
+    assert f"{after}/{after}" in printed.err  # the progress bar
+
+
+def test_main_shows_how_near_the_losses_are(tmp_path, monkeypatch, capsys):
+    """Of recorded runs, in the place of PyTorch and its checkpoint."""
+    theirs, checkpoint = RECORD["plain/losses"].tolist(), record_resume.checkpoint(RECORD, "plain")
+    here = types.SimpleNamespace(util=types.SimpleNamespace(find_spec=lambda name: name))
+    monkeypatch.setattr(example, "importlib", here)
+    monkeypatch.setattr(example, "train_in_pytorch", lambda *args, **options: theirs)
+    monkeypatch.setattr(example, "load", lambda file: checkpoint)
+    monkeypatch.setattr(example, "train", lambda checkpoint, *_: train(checkpoint))
+    file, out = tmp_path / "run.pt", tmp_path / "pictures" / "run.png"
+    result = example.main(["--checkpoint", str(file), "--out", str(out)])
+    assert [len(losses) for losses in result] == [20, 10]
+    assert_shows(result, 10, out, capsys.readouterr())
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("run", FLAGS)
 def test_main(run, tmp_path, capsys):
     torch = pytest.importorskip("torch")
     file, out = tmp_path / "new" / "run.pt", tmp_path / "pictures" / "run.png"
     flags = [*FLAGS[run], "--epochs", "8", "--switch", "5", "--seed", "3"]
-    theirs, ours = example.main([*flags, "--checkpoint", str(file), "--out", str(out)])
+    result = example.main([*flags, "--checkpoint", str(file), "--out", str(out)])
+    theirs, ours = result
     assert [len(theirs), len(ours)] == [8, 3]
     assert theirs[-1] < theirs[0]
-    difference = np.abs(np.subtract(theirs[5:], ours)).max()
-    assert difference < 1e-5
-
     steps = torch.load(file, weights_only=True)["optimizer"]["state"][0]["step"]
     assert int(steps) == 5
-    assert out.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     printed = capsys.readouterr()
-    *table, last = printed.out.splitlines()
-    assert [len(row.split()) for row in table[1:]] == [2] * 5 + [3] * 3
-    assert last == f"Largest difference {difference:.1e}, curves in {out}"
-    assert "8/8" in printed.err  # the progress bars
-    assert "3/3" in printed.err
+    assert_shows(result, 5, out, printed)
+    assert "8/8" in printed.err  # PyTorch's progress bar

@@ -95,6 +95,7 @@ def test_eps_lies_outside_the_root_unless_the_flag_puts_it_inside(eps_in_sqrt, m
     assert np.abs(losses - by_hand(not eps_in_sqrt)).max() > 1e-5
 
 
+@pytest.mark.slow
 def test_linen_trains_as_nnx_does(model, tmp_path):
     losses, _ = simplenet.main(["--out", str(tmp_path / "loss.png")])
     state = simplenet_linen.create(initial_weights(), 0.01)
@@ -119,7 +120,7 @@ def is_png(file):
 def test_main_on_random_samples(tmp_path, capsys):
     out = tmp_path / "new" / "loss.png"
     losses, test_loss = simplenet.main(["--epochs", "4", "--out", str(out)])
-    assert losses == sorted(losses, reverse=True)
+    assert (np.diff(losses) < 0).all()
     assert test_loss is None
     assert is_png(out)
     last = rf"Loss {losses[0]:.4f} -> {losses[-1]:.4f}, curve in {re.escape(str(out))}"
@@ -143,6 +144,7 @@ def linear_loss(x, y, x_test, y_test):
     return np.mean((x_test @ np.linalg.solve(x.T @ x, x.T @ y) - y_test) ** 2)
 
 
+@pytest.mark.slow
 def test_main_on_airfoil(airfoil, tmp_path, capsys):
     out = tmp_path / "loss.png"
     losses, test_loss = simplenet.main(["--data", "airfoil", "--epochs", "8", "--out", str(out)])
@@ -208,7 +210,7 @@ def test_the_linen_step_compiles_once_and_reuses_the_memory_of_what_it_replaces(
 
 def test_main_in_linen(capsys):
     losses = simplenet_linen.main(["--epochs", "3"])
-    assert losses == sorted(losses, reverse=True)
+    assert (np.diff(losses) < 0).all()
     last = rf"Loss {losses[0]:.4f} -> {losses[-1]:.4f}"
     assert_prints(capsys.readouterr().out, 3, losses, last)
     with pytest.raises(SystemExit, match="2"):

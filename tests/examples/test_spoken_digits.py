@@ -138,6 +138,7 @@ def test_recordings_are_cut_or_padded_with_silence():
     assert padded[1].tolist() == [-1] * 8192
 
 
+@pytest.mark.slow
 def test_units_are_the_deviations_of_what_is_trained_on(data):
     pictures = spoken_digits.data()
     assert pictures.x.shape == (200, 63, 32)
@@ -166,6 +167,7 @@ def logits_by_hand(net, x):
     return x @ np.asarray(net.out.kernel[...], float) + np.asarray(net.out.bias[...], float)
 
 
+@pytest.mark.slow
 def test_losses_and_accuracies_are_those_of_the_network(data):
     """Which stays as it is: the learning rate is 0."""
     pictures = spoken_digits.data()
@@ -233,6 +235,7 @@ def test_of_the_real_recordings_each_digit_has_60_and_30():
     assert np.mean(lengths < spoken_digits.LENGTH) == pytest.approx(0.99, abs=0.005)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not REAL, reason="of the real data")
 def test_a_few_epochs_on_the_real_recordings_go_far(tmp_path):
     (run,) = spoken_digits.main(["--epochs", "8", "--seeds", "1", "--out", str(tmp_path / "png")])

@@ -186,6 +186,7 @@ def test_no_scaling_of_the_coordinates_betters_the_condition_numbers(ran):
         assert descent.scaled_condition <= best * (1 + 1e-9)
 
 
+@pytest.mark.slow
 def test_after_100_steps_the_constant_rate_of_rmsprop_is_the_worst(tmp_path):
     result = trajectory_2d.main(["--steps", "100", "--out", str(tmp_path / "p.png")])
     for descent in result:

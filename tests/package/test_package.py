@@ -7,14 +7,31 @@ import subprocess
 import sys
 import zipfile
 
+import hatchling.build
 import pytest
 
 import rmsprop_jax
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "rmsprop_jax").rglob("*.py"))
 
 
+def assert_has_the_package_alone(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {str(source.relative_to(ROOT)) for source in SOURCES} <= {*names}
+    assert "rmsprop_jax/py.typed" in names
+    assert {n.split("/")[0] for n in names} == {
+        "rmsprop_jax",
+        f"rmsprop_jax-{rmsprop_jax.__version__}.dist-info",
+    }
+
+
+def test_the_wheel_has_the_package_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert_has_the_package_alone(tmp_path / hatchling.build.build_wheel(str(tmp_path)))
+
+
+@pytest.mark.slow
 def test_the_wheel_installs_and_imports_in_a_clean_environment(tmp_path):
     """Its dependencies are lent by the environment of the tests, so that no index is asked."""
     subprocess.run(
@@ -23,12 +40,7 @@ def test_the_wheel_installs_and_imports_in_a_clean_environment(tmp_path):
         capture_output=True,
     )
     (wheel,) = tmp_path.glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
-    assert "rmsprop_jax/py.typed" in names
-    assert {n.split("/")[0] for n in names} == {
-        "rmsprop_jax",
-        f"rmsprop_jax-{rmsprop_jax.__version__}.dist-info",
-    }
+    assert_has_the_package_alone(wheel)
 
     clean = tmp_path / "clean"
     subprocess.run([sys.executable, "-m", "venv", clean], check=True)

@@ -14,13 +14,13 @@ import cases
 import record_dialects
 from rmsprop_jax import describe, dialects, low_memory, recipes, rmsprop, scale_by_rms
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```)?", README, re.DOTALL)
 
 
 @pytest.mark.parametrize(("code", "printed"), SNIPPETS, ids=range(len(SNIPPETS)))
-def test_snippet(code, printed):
+def test_snippet(code, printed, default_promotion):
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         exec(compile(code, "README.md", "exec"), {"__name__": "__readme__"})
