@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from helpers import side_by_side
 from rmsprop_jax import RMSPropState, low_memory, rmsprop
 from rmsprop_jax._storage import is_packed, split
 
@@ -42,19 +43,12 @@ def run(tx, params=PARAMS, grads=GRADS, state=None):
 
 def run_each(txs, params=PARAMS, grads=GRADS, states=None):
     """The same of many transformations, in one program: {name: (params, state)}."""
-    states = {name: tx.init(params) for name, tx in txs.items()} if states is None else states
-    params = dict.fromkeys(txs, params)
-
-    @jax.jit
-    def update(g, states, params):
-        both = {name: tx.update(g, states[name], params[name]) for name, tx in txs.items()}
-        return {name: u for name, (u, _) in both.items()}, {
-            n: state for n, (_, state) in both.items()
-        }
-
+    tx, params = side_by_side(txs), dict.fromkeys(txs, params)
+    states = tx.init(params) if states is None else states
+    update = jax.jit(tx.update)
     for g in grads:
         before = types(states)
-        updates, states = update(g, states, params)
+        updates, states = update(dict.fromkeys(txs, g), states, params)
         assert types(states) == before
         params = {name: optax.apply_updates(p, updates[name]) for name, p in params.items()}
     return {name: (params[name], states[name]) for name in txs}

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from helpers import assert_same
+from helpers import assert_same, side_by_side
 from rmsprop_jax import rmsprop
 from rmsprop_jax._storage import split
 from storages import (
@@ -191,17 +191,15 @@ def test_an_update_has_a_derivative(storage):
 
 def test_export_round_trip(subtests):
     """Of one program of all: each state is serialized."""
-    states = {name: state for name, (_, state) in loops().items()}
-
-    @jax.jit
-    def update(grads, states, params):
-        return {name: tx.update(grads, states[name], params) for name, tx in TXS.items()}
-
-    restored = export.deserialize(export.export(update)(GRADS[0], states, PARAMS).serialize())
-    got, want = (f(GRADS[0], states, PARAMS) for f in (restored.call, update))
+    args = [dict.fromkeys(TXS, GRADS[0]), {name: state for name, (_, state) in loops().items()}]
+    args.append(dict.fromkeys(TXS, PARAMS))
+    update = jax.jit(side_by_side(TXS).update)
+    restored = export.deserialize(export.export(update)(*args).serialize())
+    got, want = restored.call(*args), update(*args)
     for name in TXS:
         with subtests.test(tx=name):
-            assert_near(got[name], want[name], rtol_of(name))
+            for a, b in zip(got, want, strict=True):
+                assert_near(a[name], b[name], rtol_of(name))
 
 
 @each_storage

@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 
+from helpers import side_by_side
 from rmsprop_jax import rmsprop
 from storages import FULL, SMALL, types
 
@@ -55,16 +56,13 @@ def setting_of(name, value):
 def test_strict_settings(setting, jit, subtests):
     """Zeros among the gradients, float16 beside complex64."""
 
-    def update(grads, states):
-        return {name: tx.update(grads, states[name], PARAMS) for name, tx in TXS.items()}
-
-    update = jax.jit(update) if jit else update
+    tx, params, grads = side_by_side(TXS), dict.fromkeys(TXS, PARAMS), dict.fromkeys(TXS, GRADS)
+    update = jax.jit(tx.update) if jit else tx.update
     with setting_of(setting, True) if setting else contextlib.nullcontext():
-        states = {name: tx.init(PARAMS) for name, tx in TXS.items()}
+        states = tx.init(params)
         for _ in range(3):
             before = types(states)
-            both = update(GRADS, states)
-            updates, states = ({name: one[i] for name, one in both.items()} for i in range(2))
+            updates, states = update(grads, states, params)
             assert types(states) == before
         for name in TXS:
             with subtests.test(tx=name):
