@@ -76,14 +76,20 @@ def test_scan(subtests):
 
 
 def test_while(subtests):
-    def one(tx):
-        def body(carry):
-            return step(tx, carry, jax.tree.map(lambda g: g[carry[1].count], stacked))
-
-        start = (PARAMS, tx.init(PARAMS))
-        return jax.lax.while_loop(lambda carry: carry[1].count < len(GRADS), body, start)
-
     stacked = jax.tree.map(jnp.asarray, STACKED)
+
+    def one(tx):
+        def not_done(loop):
+            turns, (_, state) = loop
+            return (state.count < len(GRADS)) & (turns < 9)
+
+        def body(loop):
+            turns, carry = loop
+            grads = jax.tree.map(lambda g: g[carry[1].count], stacked)
+            return turns + 1, step(tx, carry, grads)
+
+        return jax.lax.while_loop(not_done, body, (0, (PARAMS, tx.init(PARAMS))))[1]
+
     assert_as_loops(subtests, jax.jit(lambda: {name: one(tx) for name, tx in TXS.items()})())
 
 
