@@ -13,6 +13,8 @@ import optax
 import pytest
 
 import real_data
+from rmsprop_jax._rule import is_ours
+from rmsprop_jax._storage import is_packed, split
 
 COLLECTIVE = re.compile(
     r"\b(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
@@ -86,6 +88,17 @@ def assert_close(got, want, rtol, atol):
         )
 
 
+def assert_moved(tree):
+    """Each RMSPropState in a tree has seen gradients: what is like it is not so for want of any."""
+    states = [state for state in jax.tree.leaves(tree, is_leaf=is_ours) if is_ours(state)]
+    assert states
+    for state in states:
+        moments = [split(state.nu), split(state.mu)]  # a first variance is 0
+        slots = jax.tree.leaves(moments, is_leaf=is_packed)
+        held = [np.any(slot.codes if is_packed(slot) else slot) for slot in slots]
+        assert any(held) or not held
+
+
 def assert_same(got, want):
     assert jax.tree.structure(got) == jax.tree.structure(want)
     for (path, a), b in zip(
@@ -107,8 +120,10 @@ def wait(f):
 
 
 def collectives(program):
-    """How many of each kind are in a compiled program."""
-    return collections.Counter(COLLECTIVE.findall(program.as_text()))
+    """How many of each kind are in a compiled program, which has the root of the rule in it."""
+    text = program.as_text()
+    assert "sqrt(" in text
+    return collections.Counter(COLLECTIVE.findall(text))
 
 
 def assert_placed(tree, shardings):

@@ -8,8 +8,9 @@ import numpy as np
 import optax
 import pytest
 
-from helpers import side_by_side
-from rmsprop_jax import RMSPropState, low_memory, rmsprop
+from helpers import assert_moved, side_by_side
+from rmsprop_jax import low_memory, rmsprop
+from rmsprop_jax._rule import is_ours
 from rmsprop_jax._storage import is_packed, split
 
 FULL = {"centered": True, "momentum": 0.9, "weight_decay": 0.1, "bias_correction": True}
@@ -44,18 +45,16 @@ def run(tx, params=PARAMS, grads=GRADS, state=None):
 def run_each(txs, params=PARAMS, grads=GRADS, states=None):
     """The same of many transformations, in one program: {name: (params, state)}."""
     tx, params = side_by_side(txs), dict.fromkeys(txs, params)
-    states = tx.init(params) if states is None else states
+    fresh, states = states is None, tx.init(params) if states is None else states
     update = jax.jit(tx.update)
     for g in grads:
         before = types(states)
         updates, states = update(dict.fromkeys(txs, g), states, params)
         assert types(states) == before
         params = {name: optax.apply_updates(p, updates[name]) for name, p in params.items()}
+    if fresh:
+        assert_moved(states)
     return {name: (params[name], states[name]) for name in txs}
-
-
-def is_ours(value):
-    return isinstance(value, RMSPropState)
 
 
 def ours(state):

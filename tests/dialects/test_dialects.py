@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from helpers import assert_close, gradients, run, run_all
+from helpers import assert_close, assert_moved, gradients, run, run_all
 import reference
 from rmsprop_jax import RMSPropState, dialects
 from rmsprop_jax._storage import Float32
@@ -206,6 +206,7 @@ def test_a_complex_parameter_of_pytorch_is_a_pair_of_real_ones():
     kwargs = {"lr": 0.01, "alpha": 0.9, "eps": 1e-3, "momentum": 0.9, "weight_decay": 0.1}
     got, state = run(dialects.pytorch(**kwargs, centered=True), grads)
     assert state.nu.dtype == jnp.complex64
+    assert_moved(state)
     assert np.all(np.any(got, axis=0))
     for part in (np.real, np.imag):
         alone, _ = run(dialects.pytorch(**kwargs, centered=True), [part(g) for g in grads])

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
-from helpers import assert_same, collectives, mesh_of, wait
+from helpers import assert_moved, assert_same, collectives, mesh_of, wait
 from rmsprop_jax import low_memory, rmsprop
 
 each_axis_type = pytest.mark.parametrize(
@@ -101,4 +101,5 @@ def test_under_an_auto_mesh_jit_knows_no_shards_and_refuses_nothing():
     state = wait(jax.jit(tx.init))(params)
     free = jax.tree.map(lambda p: np.ones(p.shape, p.dtype), params)
     want = jax.jit(tx.update)(free, tx.init(free))
+    assert_moved(want)
     assert_same(*map(jax.device_get, (wait(jax.jit(tx.update))(params, state), want)))

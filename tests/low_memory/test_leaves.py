@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 
+from helpers import assert_moved
 from rmsprop_jax import low_memory, rmsprop
 from rmsprop_jax._storage import is_packed, split
 from rmsprop_jax.low_memory._blocks import block_of
@@ -107,6 +108,7 @@ def test_small_leaves_and_one_of_one_long_block(subtests):
         return [rmsprop(0.1, momentum=0.9, storage=low_memory.q8(min_size=0))]
 
     (state,) = last(make, grads, params)
+    assert_moved(state)
     assert state.nu.exponents["long"].shape == (1,)
     for name in ("few", "long"):
         with subtests.test(leaf=name):
@@ -162,6 +164,7 @@ def test_an_exempt_leaf_has_the_bits_of_float32():
         return [rmsprop(0.1, momentum=0.9, storage=storage) for storage in storages]
 
     (got, state), (want, plain) = after(make, row(5), table(64))
+    assert_moved(plain)
     np.testing.assert_array_equal(got, want)
     np.testing.assert_array_equal(state.nu.codes, plain.nu)
     np.testing.assert_array_equal(state.trace.codes, plain.trace)

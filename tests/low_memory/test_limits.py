@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from helpers import assert_moved
 from rmsprop_jax import low_memory, rmsprop
 from small_states import FORMS, STORAGES, after, fields, row, table, values
 
@@ -102,6 +103,7 @@ def test_schedules_arrays_and_numbers_give_the_same_bits():
         ]
 
     first, *others = after(make, row(5), table(64), np.float32(0.9))
+    assert_moved(first)
     for run in others:
         jax.tree.map(np.testing.assert_array_equal, run, first)
 

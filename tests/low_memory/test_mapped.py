@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from helpers import mesh_of, side_by_side, wait
+from helpers import assert_moved, mesh_of, side_by_side, wait
 from rmsprop_jax import low_memory, rmsprop
 
 STACK = (8, 2, 32)  # a part for each device
@@ -53,6 +53,7 @@ def shard_mapped(axis_name, check_vma):
     state, update = wait(jax.jit(init))(params), wait(jax.jit(update))
     for _ in range(3):
         _, state = update(grads, state)
+    assert_moved(state)
     return jax.device_get(state)
 
 

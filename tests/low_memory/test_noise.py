@@ -115,6 +115,7 @@ def test_momentum_at_its_limits(subtests):
         with subtests.test(momentum=momentum):
             got, want = (values(state.trace) for state in last(make, row(8), table(256), momentum))
             deviation = got.std(axis=0) / math.sqrt(256)
+            assert np.all(want)
             assert np.all(abs(got.mean(axis=0) - want[0]) < 4.5 * deviation + 1e-6)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from helpers import assert_same, bytes_held, collectives, mesh_of, side_by_side, wait
+from helpers import assert_moved, assert_same, bytes_held, collectives, mesh_of, side_by_side, wait
 from rmsprop_jax import low_memory, rmsprop
 from rmsprop_jax._storage import Joined
 
@@ -205,6 +205,7 @@ def unsharded(names):
     for t in (1, 2, 3):
         _, state = update(values(t), state, params)
         states.append(jax.device_get(state))
+    assert_moved(states)
     return states
 
 

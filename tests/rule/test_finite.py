@@ -63,7 +63,7 @@ def all_finite(tree):
 
 @jax.jit
 def finite(grads, params, hyper):
-    """Whether the updates and states of all steps are finite, {form: bool}."""
+    """Whether updates and states are finite in all steps, and nu is not 0 at last, by form."""
 
     def of(form):
         tx = rmsprop(**hyper, **{name: v for name, v in form.items() if name not in hyper})
@@ -73,15 +73,17 @@ def finite(grads, params, hyper):
             assert updates.dtype == g.dtype
             return state, all_finite((updates, state))
 
-        return jnp.all(jax.lax.scan(step, tx.init(params), grads)[1])
+        state, is_finite = jax.lax.scan(step, tx.init(params), grads)
+        return jnp.all(is_finite), jnp.any(state.nu != 0)
 
     return {str(form): of(form) for form in FORMS}
 
 
 def assert_all(subtests, found, **case):
-    for form, is_so in found.items():
+    for form, (is_finite, is_full) in found.items():
         with subtests.test(form=form, **case):
-            assert is_so
+            assert is_finite
+            assert is_full
 
 
 def test_extreme_gradients(subtests):
@@ -115,7 +117,7 @@ def test_any_gradients_decay_and_eps(grads, decay, eps):
     """Infinite gradients too, and a decay of 0, 1 or next to them."""
     hyper = numbers("float32", learning_rate=0.1, decay=decay, eps=eps)
     found = finite(grads, np.ones_like(grads[0]), hyper)
-    assert [form for form, is_so in found.items() if not is_so] == []
+    assert [form for form, (is_finite, _) in found.items() if not is_finite] == []
 
 
 def test_extremes_of_everything(subtests):
@@ -134,7 +136,8 @@ def test_extremes_of_everything(subtests):
                 return state, all_finite((updates, state))
 
             signs = np.tile(np.float32([-1, 1]), 6)
-            found[str(form)] = jnp.all(jax.lax.scan(step, tx.init(g), signs)[1])
+            state, is_finite = jax.lax.scan(step, tx.init(g), signs)
+            found[str(form)] = jnp.all(is_finite), jnp.any(state.nu != 0)
         return found
 
     for momentum, weight_decay, learning_rate, eps in itertools.product(
@@ -237,7 +240,8 @@ def test_the_update_has_finite_derivatives(subtests):
 
         hyper = hyper | {n: form[n] for n in ("momentum", "weight_decay") if n in form}
         of_g, of_x, of_hyper = jax.grad(loss, argnums=(0, 1, 2))(g, jnp.ones_like(g), hyper)
-        return jax.tree.map(all_finite, {"g": of_g, "x": of_x} | of_hyper)
+        some = {"some": jnp.where(of_hyper["learning_rate"] == 0, jnp.nan, 0.0)}
+        return jax.tree.map(all_finite, {"g": of_g, "x": of_x} | of_hyper | some)
 
     run = jax.jit(lambda hyper: {str(form): derivatives(form, hyper) for form in FORMS})
     for eps in (1e-8, 0.0):

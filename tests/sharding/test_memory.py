@@ -9,7 +9,15 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
-from helpers import assert_placed, bytes_held, collectives, mesh_of, side_by_side, wait
+from helpers import (
+    assert_moved,
+    assert_placed,
+    bytes_held,
+    collectives,
+    mesh_of,
+    side_by_side,
+    wait,
+)
 from rmsprop_jax import low_memory, rmsprop, sharding
 from sharded_params import PARAMS, RMS, where
 
@@ -116,6 +124,7 @@ def test_a_state_in_the_memory_of_the_host(axis_type, compiled, storage, subtest
     for _ in range(2):
         updates, state = wait(step)(x, state)
         u, want = update(PARAMS, want)
+    assert_moved(want)
     for way in txs:
         with subtests.test(way):
             assert_placed(state[way], host[way])

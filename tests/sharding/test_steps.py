@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from helpers import assert_placed, collectives, mesh_of, side_by_side, wait
+from helpers import assert_moved, assert_placed, collectives, mesh_of, side_by_side, wait
 from rmsprop_jax import dialects, rmsprop, sharding
 
 SHAPES = {"kernel": (16, 24), "conv": (3, 5, 8), "bias": (24,), "odd": (7,), "scalar": ()}
@@ -98,6 +98,7 @@ def alone():
     state, step = jax.jit(side_by_side(ALL).init)(params), jax.jit(step_of(ALL))
     for x in batches():
         params, state = step(params, state, x)
+    assert_moved(state)
     return jax.device_get({form: (params[form], state[form]) for form in ALL})
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from helpers import assert_placed, mesh_of, side_by_side, wait
+from helpers import assert_moved, assert_placed, mesh_of, side_by_side, wait
 from rmsprop_jax import describe, rmsprop, sharding
 from sharded_params import PARAMS, RMS, WRAPPED, where
 
@@ -29,6 +29,7 @@ def without_mesh():
     state = jax.jit(tx.init)(params)
     for _ in range(3):
         updates, state = update(grads, state, params)
+    assert_moved(state)
     return updates, state
 
 
@@ -120,7 +121,8 @@ def test_zero1_inside_a_chain():
     params = jax.device_put(PARAMS, everywhere)
     state = wait(jax.jit(tx.init))(params)
     updates, state = wait(jax.jit(tx.update))(params, state)
-    want, _ = jax.jit(plain.update)(PARAMS, plain.init(jax.tree.map(jnp.asarray, PARAMS)))
+    want, of_one = jax.jit(plain.update)(PARAMS, plain.init(jax.tree.map(jnp.asarray, PARAMS)))
+    assert_moved(of_one)
     for a, b in zip(jax.tree.leaves(updates), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, 1e-6)
     assert_placed(state[1].nu, where(mesh))
@@ -167,6 +169,7 @@ def test_zero1_of_other_dtypes(mapped, subtests):
     plain = RMS()
     params = {dtype: np.arange(1, 33).astype(jnp.dtype(dtype)) for dtype in DTYPES}
     want, want_state = jax.jit(plain.update)(params, jax.jit(plain.init)(params))
+    assert_moved(want_state)
     if mapped:
         tx = sharding.zero1_mapped(plain, "x")
         copies = jax.tree.map(lambda p: np.stack([p] * 8), params)

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+import numpy as np
 import optax
 import pytest
 
-from helpers import assert_same
+from helpers import assert_moved, assert_same
 from rmsprop_jax import rmsprop
 from storages import FULL, STORAGES, assert_near, each_storage, types
 
@@ -56,6 +57,7 @@ def train(tx, params, loss, jit=True):
     state = tx.init(params)
     for _ in range(3):
         params, state = step(params, state)
+    assert_moved(state)
     return params, state
 
 
@@ -97,7 +99,12 @@ def test_nnx_shards_the_state_by_the_names_of_axes_of_the_parameters(axis_type, 
         optimizer.update(model, nnx.state(model, nnx.Param))
 
     want = nnx_optimizer(storage)
+    fresh = jax.tree.leaves(nnx.state(want[1].opt_state))
     step(*want)
+    moved = zip(fresh, jax.tree.leaves(nnx.state(want[1].opt_state)), strict=True)
+    assert (
+        sum(np.any(a != b) for a, b in moved) >= 8
+    )  # means and buffers of three leaves, and two numbers
     with jax.set_mesh(mesh):
         build = functools.partial(nnx_optimizer, storage, "x", "y")
         graph, shapes = nnx.split(nnx.eval_shape(build))

@@ -9,7 +9,7 @@ import optax
 from optax import microbatching
 import pytest
 
-from helpers import assert_same
+from helpers import assert_moved, assert_same
 from rmsprop_jax import dialects, rmsprop
 from rmsprop_jax._storage import Joined
 from storages import (
@@ -243,4 +243,5 @@ def test_extra_arguments_are_ignored():
     tx = rmsprop(0.1)
     state = tx.init(PARAMS)
     want = tx.update(GRADS[0], state)
+    assert_moved(want)
     assert_same(tx.update(GRADS[0], state, PARAMS, value=1.0, grad_fn=None), want)

@@ -12,6 +12,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
+from helpers import assert_moved
 from rmsprop_jax import RMSPropState, rmsprop
 from storages import STORAGES
 
@@ -104,6 +105,7 @@ def test_what_is_saved_comes_back_and_goes_on(tmp_path, subtests):
     """Every form in one checkpoint; all fields return with their types, None included."""
     with jax.enable_x64(True):
         saved = go_on(FORMS, first(FORMS, start()), range(3))
+        assert_moved(saved)
         target = jax.eval_shape(lambda: first(FORMS, start()))
         restored = save_and_restore(tmp_path / "3", saved, target)
         runs = [go_on(FORMS, run, range(3, 6)) for run in (restored, saved)]

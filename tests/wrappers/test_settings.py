@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from helpers import side_by_side
+from helpers import assert_moved, side_by_side
 from rmsprop_jax import rmsprop
 from storages import FULL, SMALL, types
 
@@ -64,6 +64,7 @@ def test_strict_settings(setting, jit, subtests):
             before = types(states)
             updates, states = update(grads, states, params)
             assert types(states) == before
+        assert_moved(states)
         for name in TXS:
             with subtests.test(tx=name):
                 for leaf, u in updates[name].items():
