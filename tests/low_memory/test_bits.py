@@ -6,8 +6,10 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from rmsprop_jax import low_memory, rmsprop
+from rmsprop_jax._storage import Draw, is_packed
 from rmsprop_jax.low_memory._random import random_bits
 from small_states import FORMS, last
 
@@ -36,6 +38,29 @@ def test_the_same_bits_eagerly_compiled_and_in_a_loop(subtests):
         for (storage, form), got, one in zip(cases, run, want, strict=True):
             with subtests.test(how=how, storage=storage, form=form):
                 jax.tree.map(np.testing.assert_array_equal, got, one)
+
+
+@pytest.mark.parametrize("storage", [low_memory.q8(min_size=0), low_memory.bfloat16()], ids=str)
+def test_an_average_is_rounded_after_each_operation(storage):
+    """Whatever is fused with what: no product is contracted with the sum that follows."""
+    grads = np.random.default_rng(0).standard_normal((2, 64, 128)).astype(np.float32)
+    decay = np.float32(0.9)
+
+    @jax.jit
+    def advance(slot, g, step):
+        with jax.numpy_dtype_promotion("standard"):
+            draw = Draw(step, jnp.uint32(1), 0, 0 * g)
+            return storage.accumulate(slot, decay, (1 - decay) * (g * g), draw=draw)
+
+    slot = storage.init(grads[0], 0.0, field="nu", path="")
+    _, slot = advance(slot, grads[0], np.int32(0))
+    got, _ = advance(slot, grads[1], np.int32(1))
+    scale = np.float32(1)
+    if is_packed(slot):
+        scale = np.asarray(slot.scales)[0]
+        slot = slot._replace(scales=np.ones(1, np.float32)).decode()
+    past = (decay * scale) * np.asarray(slot, np.float32)
+    np.testing.assert_array_equal(got, past + (1 - decay) * (grads[1] * grads[1]))
 
 
 def test_seed_leaf_step_and_slot_change_the_bits(subtests):

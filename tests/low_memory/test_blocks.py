@@ -12,6 +12,7 @@ import pytest
 
 from helpers import assert_moved, assert_same, collectives, mesh_of, wait
 from rmsprop_jax import low_memory, rmsprop
+from rmsprop_jax.low_memory._blocks import block_of
 
 each_axis_type = pytest.mark.parametrize(
     "axis_type", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name
@@ -46,6 +47,24 @@ def assert_fits_or_advises(place, block, shape):
     exponents = state.nu.exponents["a"]["w"]
     assert exponents.sharding.is_equivalent_to(place, 2)
     assert piece % (shape[-1] // exponents.shape[-1]) == 0
+
+
+def test_the_advised_block_is_the_nearest_that_fits(subtests):
+    """Of all that can be asked for, by the ratio of what is made to what was asked for."""
+    for devices, pieces in ((2, (44, 95)), (6, (64, 160)), (8, (17, 96))):
+        place = NamedSharding(mesh_of(devices), P("x"))
+        for piece, block in itertools.product(pieces, (6, 16, 128)):
+            n = devices * piece
+            param = jax.device_put(np.ones(n, np.float32), place)
+            if piece % block_of(n, block) == 0:
+                continue
+            with subtests.test(devices=devices, piece=piece, block=block):
+                with pytest.raises(ValueError, match="makes blocks of") as error:
+                    rmsprop(0.1, storage=low_memory.q8(block, 0)).init(param)
+                made = int(re.search(r"makes blocks of (\d+)", str(error.value))[1])
+                fitting = {b for asked in range(1, 2 * n) if piece % (b := block_of(n, asked)) == 0}
+                nearest = min(max(b / block, block / b) for b in fitting)
+                assert max(made / block, block / made) == nearest
 
 
 def misfit(axis_type=AxisType.Auto, size=192 * 5):

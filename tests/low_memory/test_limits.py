@@ -87,7 +87,7 @@ def test_decay_1_keeps_the_start_value_for_ever_and_8_bits_hold_it_exactly(subte
             rmsprop(0.1, 1.0, 1e-8, start, storage=storage) for storage in (low_memory.q8(), None)
         ]
 
-    for start in (0.0, 1.0, 0.3, 1e-30, 1e30):
+    for start in (0.0, 1.0, 0.3, 2.4e-38, 1e-30, 1e30):
         with subtests.test(start=start):
             (got, state), (want, plain) = after(make, row(20), table(64), start)
             np.testing.assert_array_equal(values(plain.nu), np.float32(start))

@@ -141,7 +141,7 @@ def test_extremes_of_everything(subtests):
         return found
 
     for momentum, weight_decay, learning_rate, eps in itertools.product(
-        (1.0, 2.0, 3e38), (1.0, 3e38), (10.0, -3e38, 3e38), (0.0, 1e-45, 3e38)
+        (1.0, 2.0, 3e38), (1.0, 3e38), (0.0, 10.0, -3e38, 3e38), (0.0, 1e-45, 3e38)
     ):
         values = {
             "momentum": momentum,

@@ -331,6 +331,7 @@ def test_abstract_and_empty_trees_and_leaves(storage):
         assert updates == empty
         assert int(state.count) == 1
         assert types(state) == types(free.init(empty))
+        assert all(leaf.size for leaf in jax.tree.leaves(state))  # Orbax stores no empty arrays
     for shape in ((0, 32), (4, 0)):
         updates, state = tx.update(jnp.ones(shape), tx.init(jnp.ones(shape)), jnp.ones(shape))
         assert updates.shape == split(state.nu).shape == split(state.trace).shape == shape
