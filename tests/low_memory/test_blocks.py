@@ -51,7 +51,7 @@ def assert_fits_or_advises(place, block, shape):
 
 def test_the_advised_block_is_the_nearest_that_fits(subtests):
     """Of all that can be asked for, by the ratio of what is made to what was asked for."""
-    for devices, pieces in ((2, (44, 95)), (6, (64, 160)), (8, (17, 96))):
+    for devices, pieces in ((2, (44, 95)), (3, (10, 12)), (6, (64, 160)), (8, (17, 96))):
         place = NamedSharding(mesh_of(devices), P("x"))
         for piece, block in itertools.product(pieces, (6, 16, 128)):
             n = devices * piece

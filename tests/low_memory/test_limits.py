@@ -50,6 +50,22 @@ def test_what_is_not_finite_stays_in_its_coordinate_and_out_of_the_state(subtest
             assert all(np.all(np.isfinite(updates[case][bad])) for updates, _ in infinite)
 
 
+def test_a_buffer_saturates(subtests):
+    """In one direction and against it, at momenta that none of its numbers can follow."""
+
+    def make(momentum):
+        return [rmsprop(0.1, momentum=momentum, storage=one) for one in STORAGES.values()]
+
+    grads = np.float32([1, 1, -1]).repeat(4)[:, None, None]
+    for momentum in (2.0, 3e38):
+        runs = after(make, grads, table(32), np.float32(momentum))
+        for name, (updates, state) in zip(STORAGES, runs, strict=True):
+            with subtests.test(storage=name, momentum=momentum):
+                assert np.all(np.isfinite(updates))
+                assert np.all(np.isfinite(values(state.trace)))
+                assert np.max(abs(updates)) > 100
+
+
 def test_leaves_in_float32_keep_it_out_as_well():
     tx = rmsprop(0.1, momentum=0.9, storage=low_memory.q8())
     g = jnp.asarray([1.0, jnp.nan, jnp.inf])
