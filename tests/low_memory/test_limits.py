@@ -53,14 +53,14 @@ def test_what_is_not_finite_stays_in_its_coordinate_and_out_of_the_state(subtest
 def test_a_buffer_saturates(subtests):
     """In one direction and against it, at momenta that none of its numbers can follow."""
 
-    def make(momentum):
-        return [rmsprop(0.1, momentum=momentum, storage=one) for one in STORAGES.values()]
+    def make(rate, momentum):
+        return [rmsprop(rate, momentum=momentum, storage=one) for one in STORAGES.values()]
 
     grads = np.float32([1, 1, -1]).repeat(4)[:, None, None]
-    for momentum in (2.0, 3e38):
-        runs = after(make, grads, table(32), np.float32(momentum))
+    for rate, momentum in ((0.1, 2.0), (0.1, 3e38), (3e38, 3e38)):
+        runs = after(make, grads, table(32), *np.float32([rate, momentum]))
         for name, (updates, state) in zip(STORAGES, runs, strict=True):
-            with subtests.test(storage=name, momentum=momentum):
+            with subtests.test(storage=name, rate=rate, momentum=momentum):
                 assert np.all(np.isfinite(updates))
                 assert np.all(np.isfinite(values(state.trace)))
                 assert np.max(abs(updates)) > 100

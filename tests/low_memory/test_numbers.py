@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rmsprop_jax import low_memory, rmsprop
+from rmsprop_jax._storage import split
 from small_states import after, fields, last, row, table, values
 
 
@@ -127,3 +128,15 @@ def test_updates_are_bounded_whatever_comes_after_however_long_a_silence(seed, d
             bound = (1 + 1e-5) / math.sqrt(1 - decay)
             assert np.all(abs(np.asarray(updates[n])) <= bound), (name, n)
             assert np.all(np.isfinite(nu[n])), (name, n)
+
+
+def test_values_from_elsewhere_become_the_nearest_or_0():
+    """0 where they are not finite, or negative in a second moment."""
+    theirs = np.float32([1, 0.7, -0.7, np.nan, np.inf, -np.inf, 0])
+    state = rmsprop(0.1, momentum=0.9, storage=low_memory.q8(min_size=0)).init(theirs)
+    for field, want in (
+        (state.nu, [1, 0.7, 0, 0, 0, 0, 0]),
+        (state.trace, [1, 0.7, -0.7] + 4 * [0]),
+    ):
+        got = split(field).encode(theirs).decode()
+        np.testing.assert_allclose(got, want, rtol=1 / 16)
