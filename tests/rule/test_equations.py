@@ -87,6 +87,25 @@ def test_initial_scale_is_nu_before_the_first_step_and_nothing_else(subtests):
             assert programs[0] == programs[1]
 
 
+def test_the_start_of_a_pair_of_real_numbers_is_that_of_both():
+    z = np.ones(3, np.complex64)
+    pair = rmsprop(0.01, initial_scale=0.5, split_complex=True).init(z)
+    np.testing.assert_array_equal(pair.nu, np.full(3, 0.5 + 0.5j, np.complex64))
+    whole = rmsprop(0.01, initial_scale=0.5).init(z)
+    np.testing.assert_array_equal(whole.nu, np.full(3, 0.5, np.float32))
+
+
+def test_cautious_steps_grow_a_thousandfold_at_most(subtests):
+    """Where fewer than one in a thousand numbers agrees with its gradient."""
+    signs = -np.ones(4000)
+    signs[7] = 1
+    form = {"eps": 1e-3, "momentum": 0.9, "cautious": True}
+    grads = [np.ones(4000), 1e-3 * signs]
+    assert_equal(subtests, [form], grads)
+    updates, _ = run(rmsprop(3e38, **form), np.float32(grads))
+    assert np.all(np.isfinite(updates))  # where a thousandfold is beyond the largest number
+
+
 def test_every_decay(subtests):
     forms = [
         {"decay": decay, "centered": centered, "initial_scale": 1.0, "eps": 1e-2}

@@ -123,7 +123,7 @@ def test_any_gradients_decay_and_eps(grads, decay, eps):
 def test_extremes_of_everything(subtests):
     """A saturated buffer beside a saturated decay, in one direction and against each other."""
     g = hostile("float32")
-    forms = [{"nesterov": True}, {"lr_in_momentum": False}, {}]
+    forms = [{"nesterov": True}, {"lr_in_momentum": False}, {"cautious": True}, {}]
 
     @jax.jit
     def run(hyper):
