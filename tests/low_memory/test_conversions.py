@@ -13,7 +13,8 @@ import pytest
 
 from conversions import FRAMEWORKS, tree
 from helpers import assert_same, mesh_of
-from rmsprop_jax import RMSPropState, convert, dialects, low_memory, rmsprop
+from rmsprop_jax import convert, dialects, low_memory, rmsprop
+from rmsprop_jax._rule import is_ours
 from small_states import decoded, last, trained
 from storages import FULL, GRADS, PARAMS, SMALL, STACKED, types
 
@@ -163,10 +164,6 @@ WRAPPERS = {
     "MultiSteps": lambda tx: optax.MultiSteps(tx, 1),
     "two of them": lambda tx: optax.chain(optax.apply_if_finite(optax.chain(tx), 3)),
 }
-
-
-def is_ours(value):
-    return isinstance(value, RMSPropState)
 
 
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)

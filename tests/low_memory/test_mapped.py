@@ -27,7 +27,7 @@ def centered(storage, axis_name=None):
     return rmsprop(0.1, centered=True, momentum=0.9, storage=MAKE[storage](axis_name))
 
 
-def each_storage(axis_name=None):
+def of_each_storage(axis_name=None):
     return side_by_side({storage: centered(storage, axis_name) for storage in MAKE})
 
 
@@ -35,7 +35,7 @@ def each_storage(axis_name=None):
 def shard_mapped(axis_name, check_vma):
     """The state of each storage after three steps on eight parts with the same gradients."""
     mesh = mesh_of(4, 2) if axis_name == ("x", "y") else mesh_of(8)
-    spec, tx = P(mesh.axis_names), each_storage(axis_name)
+    spec, tx = P(mesh.axis_names), of_each_storage(axis_name)
     params, grads = jax.device_put(
         (np.ones(STACK, np.float32), np.broadcast_to(GRADIENT, STACK)), NamedSharding(mesh, spec)
     )
@@ -59,7 +59,7 @@ def shard_mapped(axis_name, check_vma):
 
 @functools.cache
 def alone():
-    tx, grads = each_storage(), dict.fromkeys(MAKE, GRADIENT[None])
+    tx, grads = of_each_storage(), dict.fromkeys(MAKE, GRADIENT[None])
     state, update = jax.jit(tx.init)(grads), jax.jit(tx.update)
     for _ in range(3):
         _, state = update(grads, state)
@@ -102,7 +102,7 @@ def test_shards_of_a_named_axis_round_independently(axis_name, check_vma, subtes
 
 @pytest.mark.parametrize("check_vma", [False, True])
 def test_what_shard_map_replicates_stays_equal(check_vma, subtests):
-    mesh, tx = mesh_of(8), each_storage()
+    mesh, tx = mesh_of(8), of_each_storage()
 
     def step(weight, params, state):
         grads = jax.lax.pmean(weight[:, None] * jnp.asarray(GRADIENT), "x")
