@@ -43,26 +43,6 @@ def run(tx, grads, x=None, *, jit=True):
     return updates, state
 
 
-def scan_all(txs, grads, x):
-    """As run, traced, for many transformations: {name: updates} and {name: last state}."""
-
-    def step(runs, g):
-        updates, after = {}, {}
-        for name, (x, state) in runs.items():
-            updates[name], state = txs[name].update(g, state, x)
-            after[name] = (optax.apply_updates(x, updates[name]), state)
-        return after, updates
-
-    runs, updates = jax.lax.scan(step, {n: (x, tx.init(x)) for n, tx in txs.items()}, grads)
-    return updates, {name: state for name, (_, state) in runs.items()}
-
-
-def run_all(txs, grads, x=None):
-    """The same, in one program."""
-    x = np.zeros_like(grads[0]) if x is None else x
-    return jax.device_get(jax.jit(functools.partial(scan_all, txs))(np.stack(grads), x))
-
-
 def side_by_side(txs):
     """Many transformations as one, of {name: parameters} and with {name: state}."""
 
@@ -86,6 +66,25 @@ def assert_close(got, want, rtol, atol):
             atol,
             err_msg=f"step {t}",
         )
+
+
+def scan_all(txs, grads, x):
+    """As run, traced, for many transformations: {name: updates} and {name: last state}."""
+    tx, xs = side_by_side(txs), dict.fromkeys(txs, x)
+
+    def step(run, g):
+        xs, states = run
+        updates, states = tx.update(dict.fromkeys(txs, g), states, xs)
+        return (optax.apply_updates(xs, updates), states), updates
+
+    (_, states), updates = jax.lax.scan(step, (xs, tx.init(xs)), grads)
+    return updates, states
+
+
+def run_all(txs, grads, x=None):
+    """The same, in one program."""
+    x = np.zeros_like(grads[0]) if x is None else x
+    return jax.device_get(jax.jit(functools.partial(scan_all, txs))(np.stack(grads), x))
 
 
 def assert_moved(tree):
