@@ -52,7 +52,7 @@ from rmsprop_jax._storage import (
     Storage,
     full_like,
     is_packed,
-    split,
+    slots_of,
 )
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
@@ -421,7 +421,7 @@ def held(task: Task, storage: Storage) -> tuple[float, float]:
     """The share of second moments in fewer than 32 bits, and the bytes of state a parameter."""
     params = task.init(0)
     own, *_ = optimizer(task, storage).init(params)
-    slots = jax.tree.leaves(split(own.nu), is_leaf=is_packed)
+    slots = jax.tree.leaves(slots_of(own.nu), is_leaf=is_packed)
     arrays = [slot.codes if is_packed(slot) else slot for slot in slots]
     small = sum(array.size for array in arrays if array.dtype.itemsize < 4)
     total = sum(param.size for param in jax.tree.leaves(params))

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+from jax.tree_util import tree_flatten_with_path
 import numpy as np
 
 from rmsprop_jax._storage import Joined, is_packed
@@ -23,13 +24,17 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("initial_scale", "lr"), (0, math.inf)),
 }
 
+_MAY_BE_NONE = ("momentum", "weight_decay")
+
 
 def number(
     name: str, value: Any, bounds: tuple[float, float] | None = None, *, schedule: bool = True
 ) -> Any:
     """value, as a float if it is a Python or NumPy number, which must lie within its bounds.
 
-    What a JAX array or a schedule will hold may not be known yet: those pass unread.
+    What a JAX array or a schedule will hold may not be known yet: those pass unread, arrays as
+    real ones of a floating dtype. ``optax.inject_hyperparams`` makes complex ones of all numbers
+    if a parameter is complex.
     """
     low, high = bounds or _BOUNDS.get(name, (-math.inf, math.inf))
     if schedule and callable(value):
@@ -37,14 +42,19 @@ def number(
     if isinstance(value, jax.Array | np.ndarray | np.generic):
         if value.shape != ():
             raise ValueError(f"{name} must be a scalar, got an array of shape {value.shape}")
+        if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jnp.complexfloating):
+            return value.real
         if not any(jnp.issubdtype(value.dtype, kind) for kind in (jnp.floating, jnp.integer)):
             raise TypeError(f"{name} must be a real number, got dtype {value.dtype}")
         if isinstance(value, jax.Array):
-            return value
+            is_float = jnp.issubdtype(value.dtype, jnp.floating)
+            return value if is_float else value.astype(float)
         value = value.item()
     real = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not real:
         kinds = "a number, a scalar array or a schedule" if schedule else "a number or scalar array"
+        if name in _MAY_BE_NONE:
+            kinds += ", or None for none"
         raise TypeError(f"{name} must be {kinds}, got {value!r}")
     if not (low <= value <= high and abs(value) <= LARGEST):
         upper = "<= " + f"{high:g}" if high < math.inf else "finite in float32"
@@ -60,13 +70,18 @@ def flag(name: str, value: Any) -> bool:
     return bool(value)
 
 
-def parameter(path: Any, param: Any) -> None:
-    """Refuses a parameter that has no real or complex values to move."""
-    if _form(param).kind is None:
-        raise TypeError(
-            f"parameter {leaf_name(path)!r} must be floating or complex, got {_describe(param)}; "
-            "leave it out with optax.masked or optax.partition"
-        )
+def is_trained(path: Any, param: Any) -> bool:
+    """Whether a parameter has real or complex values to move; integers, bools and keys have not."""
+    if _form(param).kind is not None:
+        return True
+    dtype = getattr(param, "dtype", None)
+    kinds = (jnp.integer, np.bool_, jax.dtypes.extended)
+    if isinstance(param, int) or any(dtype and jnp.issubdtype(dtype, kind) for kind in kinds):
+        return False
+    raise TypeError(
+        f"parameter {leaf_name(path)!r} must be floating or complex, or have no gradient as an "
+        f"integer, got {_describe(param)}; leave it out with optax.masked or optax.partition"
+    )
 
 
 def instance(name: str, value: Any, protocol: type) -> Any:
@@ -96,57 +111,125 @@ def state(value: Any, kind: Any, in_use: dict[str, bool], joins: Collection[str]
             )
 
 
-def columns(
-    grads: Any, trees: dict[str, Any], *, real: Collection[str], dtypes: Collection[Any]
-) -> tuple[list[list[Any]], Any]:
-    """The leaves of the gradients and of each tree, asserted by chex to belong together.
+class Gradients(NamedTuple):
+    """The leaves of a tree of gradients, what they are, and the tree."""
 
-    Beside them, the structure of the gradients.
+    leaves: list[Any]
+    forms: list["_Form | None"]
+    structure: Any
+    tree: Any
 
-    None is a leaf, and a tree that is None has nothing but such. Each gradient that is not None
-    must be floating or complex, have the shapes of its counterparts and be complex where they
-    are; the trees named in real are real for either. The real dtype of a slot must be one of
-    dtypes.
+
+def gradients(tree: Any) -> Gradients:
+    """The gradients of a step; None is one."""
+    leaves: list[Any]
+    structure: Any
+    leaves, structure = jax.tree.flatten(tree, is_leaf=_is_none)
+    forms = [None if g is None else _form(g) for g in leaves]
+    return Gradients(leaves, forms, structure, tree)
+
+
+def counterparts(
+    grads: Gradients,
+    name: str,
+    tree: Any,
+    *,
+    real: bool = False,
+    dtypes: Collection[Any] | None = None,
+) -> list[Any]:
+    """The leaves of a tree, asserted by chex to belong to the gradients.
+
+    Each gradient that is not None must be floating or complex, and have its counterpart's shape. It
+    must be complex where that is, unless the tree is real for either. The real dtype of a
+    counterpart must be one of dtypes. What has no values to move has the gradient None, or float0
+    as JAX gives it.
     """
     leaves: list[Any]
     structure: Any
-    leaves, structure = jax.tree.flatten(grads, is_leaf=_is_none)
-    forms = [None if grad is None else _form(grad) for grad in leaves]
-    found = [leaves]
-    for name, tree in trees.items():
-        if tree is None:
-            found.append([None] * len(leaves))
-            continue
-        others: list[Any]
-        other_structure: Any
-        others, other_structure = jax.tree.flatten(tree, is_leaf=_is_slot)
-        if other_structure != structure:
-            tree = other_structure.unflatten(map(_one_leaf, others))
-            got, wanted = set(_names(grads)), set(_names(tree))
+    leaves, structure = jax.tree.flatten(tree, is_leaf=_is_slot)
+    if structure != grads.structure:
+        tree = structure.unflatten(map(_one_leaf, leaves))
+        chex.assert_trees_all_equal_structs(
+            grads.tree,
+            tree,
+            custom_message=f"gradients (tree 0) against {name} (tree 1): "
+            + _difference(grads.tree, tree, name),
+        )
+    misfits = [
+        i
+        for i, (form, other) in enumerate(zip(grads.forms, leaves, strict=True))
+        if form is not None and not _fits(form, _form(other), real, dtypes)
+    ]
+    if misfits:
+        names = _names(grads.tree)
+        got = {names[i]: _describe(grads.leaves[i]) for i in misfits}
+        wanted = {names[i]: _describe(_one_leaf(leaves[i])) for i in misfits}
+        if left_out := [names[i] for i in misfits if leaves[i] is None]:
             chex.assert_trees_all_equal_structs(
-                grads,
-                tree,
-                custom_message=f"gradients (tree 0) against {name} (tree 1): "
-                f"missing {sorted(wanted - got)}, unexpected {sorted(got - wanted)}",
+                got,
+                {names[i]: None if leaves[i] is None else "" for i in misfits},
+                custom_message=f"gradients (tree 0) against {name} (tree 1): {left_out} must be "
+                f"None, as there was nothing to train, got {[got[n] for n in left_out]}",
             )
-        misfits = [
-            i
-            for i, (form, other) in enumerate(zip(forms, others, strict=True))
-            if form is not None
-            and not _fits(form, _form(other), name in real, None if name == "params" else dtypes)
-        ]
-        if misfits:
-            names = _names(grads)
-            chex.assert_trees_all_equal_comparator(
-                lambda *_: False,
-                lambda grad, other, name=name: (
-                    f"gradient {_describe(grad)}, {name} {_describe(other)}"
-                ),
-                {names[i]: leaves[i] for i in misfits},
-                {names[i]: _one_leaf(others[i]) for i in misfits},
-            )
-        found.append(others)
-    return found, structure
+        _assert_equal(got, wanted, name)
+    return leaves
+
+
+def same_kinds(grads: Gradients, params: Any) -> None:
+    """Refuses, by chex, complex gradients of real parameters, and the reverse.
+
+    Parameters of which nothing else is needed may be of another tree.
+    """
+    leaves: list[Any]
+    structure: Any
+    leaves, structure = jax.tree.flatten(params, is_leaf=_is_none)
+    if structure != grads.structure:
+        return
+    kinds = [None if form is None else form.kind for form in grads.forms]
+    others = [_form(leaf).kind for leaf in leaves]
+    misfits = [
+        i for i, pair in enumerate(zip(kinds, others, strict=True)) if len({*pair, None}) > 2
+    ]
+    if misfits:
+        names = _names(grads.tree)
+        got = {names[i]: _describe(grads.leaves[i]) for i in misfits}
+        _assert_equal(got, {names[i]: _describe(leaves[i]) for i in misfits}, "params")
+
+
+def _assert_equal(got: dict[str, str], wanted: dict[str, str], name: str) -> None:
+    """Has chex say that gradients of some names are not what they must be."""
+    chex.assert_trees_all_equal_comparator(
+        lambda *_: False, lambda grad, other: f"gradient {grad}, {name} {other}", got, wanted
+    )
+
+
+def _difference(grads: Any, tree: Any, name: str) -> str:
+    """Where, and in what, the structure of gradients is not that of a tree."""
+    got, wanted = set(_names(grads)), set(_names(tree))
+    if got != wanted:
+        return f"missing {sorted(wanted - got)}, unexpected {sorted(got - wanted)}"
+    path, ours, theirs = _first_difference((), grads, tree)
+    place = f"at {leaf_name(path)!r}" if path else "as a whole"
+    return f"{place} the gradients have {_node(ours)}, {name} has {_node(theirs)}"
+
+
+def _first_difference(path: Any, a: Any, b: Any) -> tuple[Any, Any, Any]:
+    """The path to the first nodes of two trees that are not alike, and these."""
+    inside = [tree_flatten_with_path(x, is_leaf=lambda y, x=x: y is not x)[0] for x in (a, b)]
+    if type(a) is type(b) and [key for key, _ in inside[0]] == [key for key, _ in inside[1]]:
+        for (key, x), (_, y) in zip(*inside, strict=True):
+            structures: list[Any] = [jax.tree.structure(z, is_leaf=_is_none) for z in (x, y)]
+            if structures[0] != structures[1]:
+                return _first_difference((*path, *key), x, y)
+    return path, a, b
+
+
+def _node(value: Any) -> str:
+    """A node of a tree in words: its kind, and what it has inside."""
+    if value is None or jax.tree_util.all_leaves([value]):
+        return "a leaf"
+    keys, _ = tree_flatten_with_path(value, is_leaf=lambda other: other is not value)
+    return f"a {type(value).__name__} of {[leaf_name(key) for key, _ in keys]}"
 
 
 class _Form(NamedTuple):
@@ -169,16 +252,21 @@ def _form(leaf: Any) -> _Form:
 
 
 def _fits(grad: _Form, other: _Form, real: bool, dtypes: Collection[Any] | None) -> bool:
+    if grad.dtype == jax.dtypes.float0:
+        return other.kind is None
     if grad.kind is None or other.kind is None or grad.shape != other.shape:
         return False
     right = other.kind is (float if real else grad.kind)
     return right and (dtypes is None or other.dtype in dtypes)
 
 
+_UNSIGNED = jnp.dtype(jnp.float8_e8m0fnu)  # has neither 0 nor negative numbers
+
+
 @functools.cache
 def _kind(dtype: Any) -> tuple[type | None, Any]:
-    if not jnp.issubdtype(dtype, jnp.inexact):
-        return None, None
+    if not jnp.issubdtype(dtype, jnp.inexact) or dtype == _UNSIGNED:
+        return None, dtype
     kind = complex if jnp.issubdtype(dtype, jnp.complexfloating) else float
     return kind, jnp.finfo(dtype).dtype
 
@@ -203,7 +291,7 @@ def _describe(leaf: Any) -> str:
 
 
 def _names(tree: Any) -> list[str]:
-    paths, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_none)
+    paths, _ = tree_flatten_with_path(tree, is_leaf=_is_none)
     return [leaf_name(path) for path, _ in paths]
 
 

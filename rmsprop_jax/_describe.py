@@ -1,30 +1,37 @@
 """Which rule a transformation follows, in words and numbers."""
 
+from collections.abc import Iterator
 from typing import Any
 
+import jax
 import optax
 
-from rmsprop_jax._rule import Rule, rules_of
+from rmsprop_jax._rule import Rule, is_ours, some_rules
 from rmsprop_jax._storage import FLOAT32
+from rmsprop_jax._transformation import ask, stand_in
 
 
-def describe(tx: optax.GradientTransformation) -> str:
+def describe(tx: optax.GradientTransformation, params: optax.Params | None = None) -> str:
     """The equations that a transformation follows, and the numbers in them.
 
     Args:
       tx: what :func:`rmsprop_jax.rmsprop`, a dialect or a recipe returns, also inside
-        ``optax.chain``, ``optax.partition`` and other wrappers that are given it ready-made.
+        ``optax.chain``, ``optax.partition``, ``optax.inject_hyperparams`` and any other wrapper.
+      params: tree of parameters, of which only the structure, shapes and dtypes count. Needed where
+        a wrapper does not work without its tree, as one with a tree of labels.
 
     Returns:
       A line for each equation, in the order in which they act, then the start value and the
-      hyperparameters. One such paragraph for each RMSProp that is found; what else is in a chain is
-      not told.
+      hyperparameters. One such paragraph for each different RMSProp that is found; what else is in
+      a chain with it is counted, not told. What a wrapper does is not told.
 
     Raises:
       TypeError: if there is none.
+      ValueError: if params are needed.
 
     Example:
-      >>> from rmsprop_jax import describe, dialects
+      >>> import optax
+      >>> from rmsprop_jax import describe, dialects, rmsprop
       >>> print(describe(dialects.pytorch(lr=0.01, momentum=0.9)))
       s <- decay s + (1 - decay) g^2
       b <- momentum b + g / (sqrt(s) + eps)
@@ -36,15 +43,61 @@ def describe(tx: optax.GradientTransformation) -> str:
       x <- x - learning_rate g / sqrt(s + eps)
       from s = 1
       with learning_rate a schedule, decay 0.9, eps 1e-10
+      >>> print(describe(optax.chain(optax.clip(1.0), rmsprop(0.1))))
+      s <- decay s + (1 - decay) |g|^2
+      x <- x - learning_rate g / sqrt(s + eps)
+      from s = 0
+      with learning_rate 0.1, decay 0.9, eps 1e-08
+      and 1 other transformation before it, not described
     """
-    return "\n\n".join(map(_paragraph, rules_of(tx)))
+    if not callable(getattr(tx, "init", None)):
+        some_rules(tx, [])
+    params = stand_in(tx.init) if params is None else params
+    if params is None:
+        raise ValueError(
+            "params must be given: a wrapper in tx does not work without its tree of parameters"
+        )
+    others: list[str] = []
+
+    def init(params: optax.Params) -> Any:
+        state = tx.init(params)
+        others.extend(_others(state))
+        return state
+
+    rules = some_rules(tx, ask(init, params)[0])
+    if len(others) != len(rules):  # of a wrapper that keeps another state than it made
+        others = [""] * len(rules)
+    paragraphs = [_paragraph(rule) + more for rule, more in zip(rules, others, strict=True)]
+    return "\n\n".join(dict.fromkeys(paragraphs))
+
+
+def _others(state: Any, before: int = 0, after: int = 0) -> Iterator[str]:
+    """Of each of our states in another: how many other links its chain has, in words."""
+    if is_ours(state):
+        counts = [(n, where) for n, where in ((before, "before"), (after, "after")) if n]
+        words = [f"{n} other transformation{'s' * (n > 1)} {where} it" for n, where in counts]
+        yield f"\nand {' and '.join(words)}, not described" if words else ""
+    elif isinstance(state, optax.transforms.PartitionState):  # of links side by side
+        for link in state.inner_states.values():
+            yield from _others(link, before, after)
+    elif type(state) is tuple or isinstance(state, dict):  # of optax.chain and optax.named_chain
+        links = list(state.values() if isinstance(state, dict) else state)
+        ours = [any(map(is_ours, jax.tree.leaves(link, is_leaf=is_ours))) for link in links]
+        for i, link in enumerate(links):
+            yield from _others(
+                link, before + ours[:i].count(False), after + ours[i + 1 :].count(False)
+            )
+    else:
+        for part in jax.tree.leaves(state, is_leaf=lambda node: node is not state):
+            if part is not state:
+                yield from _others(part, before, after)
 
 
 def _paragraph(rule: Rule) -> str:
     variant, hyper = rule.variant, rule.hyper
     square = "g^2" if variant.split_complex else "|g|^2"
-    average = "s" if not (rule.centered or rule.bias_correction) else "v"
-    weight = " / w" if rule.bias_correction else ""
+    average = "s" if not (variant.centered or variant.bias_correction) else "v"
+    weight = " / w" if variant.bias_correction else ""
     root = "sqrt(s + eps)" if variant.eps_in_sqrt else "(sqrt(s) + eps)"
     inside, outside = ("learning_rate ", "")[:: 1 if variant.lr_in_momentum else -1]
     step = f"{inside}g / {root}"
@@ -55,13 +108,13 @@ def _paragraph(rule: Rule) -> str:
     if hyper.weight_decay is not None and not variant.decoupled_weight_decay:
         lines.append("g <- g + weight_decay x")
     lines.append(f"{average} <- decay {average} + (1 - decay) {square}")
-    if rule.centered:
+    if variant.centered:
         lines.append("m <- decay m + (1 - decay) g")
-    if rule.bias_correction:
+    if variant.bias_correction:
         lines.append("w <- decay w + (1 - decay)")
     if average == "v":
         left, right = "||" if not variant.split_complex else "()" if weight else ("", "")
-        less = f" - {left}m{weight}{right}^2" if rule.centered else ""
+        less = f" - {left}m{weight}{right}^2" if variant.centered else ""
         lines.append(f"s = v{weight}{less}")
     if hyper.momentum is not None:
         if variant.nesterov:
@@ -77,7 +130,7 @@ def _paragraph(rule: Rule) -> str:
 
     numbers = ", ".join(f"{n} {_value(h)}" for n, h in hyper._asdict().items() if h is not None)
     lines += [f"from {average} = {_value(rule.initial_scale)}", f"with {numbers}"]
-    if variant.storage is not FLOAT32:
+    if variant.storage != FLOAT32:
         lines.append(f"held by {variant.storage!r}")
     return "\n".join(lines)
 

@@ -37,6 +37,8 @@ class Variant(NamedTuple):
     """Which RMSProp: the structure of the rule, fixed when it is traced."""
 
     eps_in_sqrt: bool
+    centered: bool
+    bias_correction: bool
     nesterov: bool
     lr_in_momentum: bool
     decoupled_weight_decay: bool

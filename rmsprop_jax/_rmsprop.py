@@ -5,6 +5,7 @@ import optax
 from rmsprop_jax import _checks, _equations
 from rmsprop_jax._rule import Rule, Scalar, ScalarOrSchedule
 from rmsprop_jax._storage import FLOAT32, Storage
+from rmsprop_jax._transformation import transformation
 
 
 def rmsprop(
@@ -147,10 +148,10 @@ def rmsprop(
         weight_decay=None if weight_decay is None else number("weight_decay", weight_decay),
     )
     initial_scale = number("initial_scale", initial_scale, schedule=False)
-    centered = flag("centered", centered)
-    bias_correction = flag("bias_correction", bias_correction)
     variant = _equations.Variant(
         eps_in_sqrt=flag("eps_in_sqrt", eps_in_sqrt),
+        centered=flag("centered", centered),
+        bias_correction=flag("bias_correction", bias_correction),
         nesterov=flag("nesterov", nesterov),
         lr_in_momentum=flag("lr_in_momentum", lr_in_momentum),
         decoupled_weight_decay=flag("decoupled_weight_decay", decoupled_weight_decay),
@@ -174,8 +175,7 @@ def rmsprop(
             f"got {initial_scale}"
         )
 
-    rule = Rule(hyper, variant, initial_scale, centered, bias_correction)
-    return optax.GradientTransformationExtraArgs(rule.init, rule.update)
+    return transformation(Rule(hyper, variant, initial_scale))
 
 
 def scale_by_rms(

@@ -1,10 +1,9 @@
 """A rule lifted from one array to a tree of parameters: what the rule is, init and update."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 import contextlib
 import dataclasses
 import functools
-import inspect
 from typing import Any, NamedTuple
 import zlib
 
@@ -14,11 +13,30 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rmsprop_jax import _checks, _equations
-from rmsprop_jax._storage import Slot, is_packed, join, split
+from rmsprop_jax import _checks, _equations, _transformation
+from rmsprop_jax._storage import Slot, is_packed, slots_of, with_slots
 
 Scalar = float | jax.Array
 ScalarOrSchedule = Scalar | Callable[[jax.Array], Any]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["arguments"], meta_fields=["function"]
+)
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """A schedule that is equal to those of the same function and arguments, which a closure is not.
+
+    Attributes:
+      function: of the number of earlier steps and the arguments.
+      arguments: numbers, arrays and other schedules.
+    """
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+
+    def __call__(self, count: jax.Array) -> Any:
+        return self.function(count, *self.arguments)
 
 
 class RMSPropState(NamedTuple):
@@ -53,34 +71,31 @@ with contextlib.suppress(ValueError):  # registered already, if this module is r
     )
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Rule:
+class Rule(NamedTuple):
     """Which RMSProp, with which numbers. Its methods are the two functions of a transformation."""
 
     hyper: _equations.Hyper  # floats, arrays, schedules, or None for a term that is not there
     variant: _equations.Variant
     initial_scale: Scalar
-    centered: bool
-    bias_correction: bool
 
     def init(self, params: optax.Params) -> RMSPropState:
-        for path, param in jax.tree_util.tree_leaves_with_path(params):
-            _checks.parameter(path, param)
         storage = self.variant.storage
 
         def held(field: str, value: Scalar) -> Any:
             real = field == "nu" and not self.variant.split_complex
 
-            def slot(path: Any, param: jax.Array) -> Slot:
+            def slot(path: Any, param: Any) -> Slot | None:
+                if not _checks.is_trained(path, param):
+                    return None
                 name = _checks.leaf_name(path)
                 return storage.init(param, value, field=field, path=name, real=real)
 
             slots = jax.tree_util.tree_map_with_path(slot, params)
             return storage.join(slots, field=field)
 
-        in_use = self._slots_in_use()
+        in_use = self.in_use()
         nu = held("nu", self.initial_scale)
-        dtypes = map(storage.dtype, jax.tree.leaves(split(nu), is_leaf=is_packed))
+        dtypes = map(storage.dtype, jax.tree.leaves(slots_of(nu), is_leaf=is_packed))
         widest = np.result_type(np.float32, *dtypes)  # of float32 and float64: jnp's may be strict
         return RMSPropState(
             count=jnp.zeros([], jnp.int32),
@@ -98,18 +113,28 @@ class Rule:
         **extra_args: Any,
     ) -> tuple[optax.Updates, RMSPropState]:
         del extra_args
-        in_use = self._slots_in_use()
-        storage = self.variant.storage
+        in_use, variant = self.in_use(), self.variant
+        storage = variant.storage
         _checks.state(state, RMSPropState, in_use, storage.joins)
-        if self.hyper.weight_decay is None:
-            params = None
-        elif params is None:
+        if self.hyper.weight_decay is not None and params is None:
             raise ValueError("weight_decay needs the parameters: call update(grads, state, params)")
 
-        slots_of = {field: split(getattr(state, field)) for field in ("nu", "mu", "trace")}
-        trees = {"params": params, **slots_of}
-        real = () if self.variant.split_complex else ("nu",)
-        columns, structure = _checks.columns(updates, trees, real=real, dtypes=storage.dtypes)
+        grads = _checks.gradients(updates)
+        nothing = [None] * len(grads.leaves)
+
+        def held_of(field: str) -> list[Any]:
+            slots, real = (
+                slots_of(getattr(state, field)),
+                field == "nu" and not variant.split_complex,
+            )
+            return _checks.counterparts(grads, field, slots, real=real, dtypes=storage.dtypes)
+
+        old = [held_of(field) if in_use[field] else nothing for field in ("nu", "mu", "trace")]
+        if self.hyper.weight_decay is not None:
+            xs = _checks.counterparts(grads, "params", params)
+        else:
+            _checks.same_kinds(grads, params)
+            xs = nothing
         # A schedule may mix dtypes as it likes, whatever the user asks of his own code.
         with jax.numpy_dtype_promotion("standard"):
             scalars = _equations.Hyper(
@@ -118,35 +143,35 @@ class Rule:
             weight_sum = state.weight_sum
             if weight_sum is not None:
                 scalars, weight_sum = _equations.correct_bias(scalars, weight_sum, state.count)
-            numbers = _numbers(structure) if storage.draws else [None] * structure.num_leaves
-            steps, slots = [], []
-            for number, g, x, *old in zip(numbers, *columns, strict=True):
+            numbers = _numbers(grads.structure) if storage.draws else nothing
+            steps, new = [], []
+            for number, g, x, *slots in zip(numbers, grads.leaves, xs, *old, strict=True):
+                u, held = None, _equations.Slots(*slots)
                 moment = None if number is None else _equations.Moment(state.count, number)
-                if g is None:
-                    u, new = None, _equations.Slots(*old)
-                else:
-                    held = _equations.Slots(*old)
-                    u, new = _equations.step(g, x, held, scalars, moment, self.variant)
+                if g is not None and held.nu is not None:
+                    u, held = _equations.step(g, x, held, scalars, moment, variant)
                 steps.append(u)
-                slots.append(new)
+                new.append(held)
 
-        def tree_of(field: str) -> Any:
-            tree = structure.unflatten([getattr(slot, field) for slot in slots])
-            return join(getattr(state, field), tree)
+        def field_of(name: str) -> Any:
+            tree = grads.structure.unflatten([getattr(held, name) for held in new])
+            return with_slots(getattr(state, name), tree)
 
-        return structure.unflatten(steps), RMSPropState(
+        return grads.structure.unflatten(steps), RMSPropState(
             count=_increment(state.count),
-            nu=tree_of("nu"),
-            mu=tree_of("mu") if in_use["mu"] else None,
-            trace=tree_of("trace") if in_use["trace"] else None,
+            nu=field_of("nu"),
+            mu=field_of("mu") if in_use["mu"] else None,
+            trace=field_of("trace") if in_use["trace"] else None,
             weight_sum=weight_sum,
         )
 
-    def _slots_in_use(self) -> dict[str, bool]:
+    def in_use(self) -> dict[str, bool]:
+        """Which of the fields that a step changes are not None."""
         return {
-            "mu": self.centered,
+            "nu": True,
+            "mu": self.variant.centered,
             "trace": self.hyper.momentum is not None,
-            "weight_sum": self.bias_correction,
+            "weight_sum": self.variant.bias_correction,
         }
 
 
@@ -158,7 +183,13 @@ def _numbers(structure: jax.tree_util.PyTreeDef) -> list[np.uint32]:
     """A number for each leaf, which depends only on its path."""
     leaves = structure.unflatten(range(structure.num_leaves))
     paths, _ = jax.tree_util.tree_flatten_with_path(leaves)
-    return [np.uint32(zlib.crc32(_checks.leaf_name(path).encode())) for path, _ in paths]
+    names: dict[str, None] = {}
+    for path, _ in paths:
+        name = _checks.leaf_name(path)
+        while name in names:  # as of {"a/b": x, "a": {"b": y}}
+            name += "/"
+        names[name] = None
+    return [np.uint32(zlib.crc32(name.encode())) for name in names]
 
 
 def _at(count: jax.Array, name: str, value: Any) -> jax.Array | None:
@@ -168,46 +199,20 @@ def _at(count: jax.Array, name: str, value: Any) -> jax.Array | None:
     return jnp.asarray(value, float) if isinstance(value, float) else value
 
 
-def rules_in(tx: Any) -> list[Rule]:
-    """The rules that a transformation follows, itself or in what it wraps ready-made."""
-    return [found for found in objects_in(tx) if isinstance(found, Rule)]
+def rules_in(parts: Sequence[_transformation.Part]) -> list[Rule]:
+    """The rules among the parts of a transformation."""
+    return [part for part in parts if isinstance(part, Rule)]
 
 
-def rules_of(tx: Any) -> list[Rule]:
-    """The rules in tx, at least one."""
-    rules = rules_in(tx)
+def rules_of(tx: Any, params: Any) -> list[Rule]:
+    """The rules that tx follows for some parameters, at least one."""
+    init = getattr(tx, "init", None)
+    return some_rules(tx, _transformation.ask(init, params)[0] if callable(init) else [])
+
+
+def some_rules(tx: Any, parts: Sequence[_transformation.Part]) -> list[Rule]:
+    """The rules among the parts of tx, at least one."""
+    rules = rules_in(parts)
     if not rules:
         raise TypeError(f"tx must be an RMSProp of rmsprop_jax or have one in it, got {tx!r}")
     return rules
-
-
-def objects_in(tx: Any) -> list[Any]:
-    """The objects whose methods a transformation has as its update, itself or in what it wraps."""
-    found = {id(value): value for value in _objects(getattr(tx, "update", None), set())}
-    return list(found.values())
-
-
-def _objects(value: Any, seen: set[int]) -> Iterator[Any]:
-    """The objects whose methods are value, or what value is made of: the parts of a wrapper."""
-    if id(value) in seen:
-        return
-    seen.add(id(value))
-    parts: list[Any] = []
-    if inspect.ismethod(value):
-        yield value.__self__
-        if isinstance(value.__self__, Rule):
-            return
-        parts = list(getattr(value.__self__, "__dict__", {}).values())
-    elif callable(value):
-        for cell in getattr(value, "__closure__", None) or ():
-            with contextlib.suppress(ValueError):  # a name that has no value yet
-                parts.append(cell.cell_contents)
-        parts.append(getattr(value, "__wrapped__", None))
-    elif isinstance(value, dict):
-        parts = list(value.values())
-    elif isinstance(value, tuple | list):
-        parts = list(value)
-    else:
-        parts = [getattr(value, "update", None)]  # of a transformation that is no NamedTuple
-    for part in parts:
-        yield from _objects(part, seen)

@@ -5,7 +5,8 @@ The equations ask three things of a storage and do not know what its slots are m
 
 import abc
 from collections.abc import Collection
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+import dataclasses
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
 from jax import lax
@@ -57,13 +58,13 @@ def is_packed(value: Any) -> bool:
     return isinstance(value, Packed)
 
 
-def split(field: Any) -> Any:
+def slots_of(field: Any) -> Any:
     """The slots of a field of the state, in a tree like the parameters."""
     return field.split() if isinstance(field, Joined) else field
 
 
-def join(field: Any, slots: Any) -> Any:
-    """A field of the state with other slots."""
+def with_slots(field: Any, slots: Any) -> Any:
+    """A field of the state with other slots in the place of its own."""
     return field.join(slots) if isinstance(field, Joined) else slots
 
 
@@ -126,12 +127,13 @@ class Storage(Protocol):
         """The sum decay * slot + term, that product within a bound, as an array and as a slot."""
 
 
+@dataclasses.dataclass(frozen=True)
 class Float32:
     """One array a slot: float32, or float64 for a float64 parameter."""
 
-    draws = False
-    joins = ()
-    dtypes = frozenset({jnp.dtype(jnp.float32), jnp.dtype(jnp.float64)})
+    draws: ClassVar = False
+    joins: ClassVar = ()
+    dtypes: ClassVar = frozenset({jnp.dtype(jnp.float32), jnp.dtype(jnp.float64)})
 
     def init(
         self,

@@ -14,7 +14,7 @@ import pytest
 
 import real_data
 from rmsprop_jax._rule import is_ours
-from rmsprop_jax._storage import is_packed, split
+from rmsprop_jax._storage import is_packed, slots_of
 
 COLLECTIVE = re.compile(
     r"\b(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
@@ -92,7 +92,7 @@ def assert_moved(tree):
     states = [state for state in jax.tree.leaves(tree, is_leaf=is_ours) if is_ours(state)]
     assert states
     for state in states:
-        moments = [split(state.nu), split(state.mu)]  # a first variance is 0
+        moments = [slots_of(state.nu), slots_of(state.mu)]  # a first variance is 0
         slots = jax.tree.leaves(moments, is_leaf=is_packed)
         held = [np.any(slot.codes if is_packed(slot) else slot) for slot in slots]
         assert any(held) or not held

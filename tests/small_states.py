@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rmsprop_jax import low_memory, rmsprop
-from rmsprop_jax._storage import is_packed, split
+from rmsprop_jax._storage import is_packed, slots_of
 from storages import FULL, PARAMS, STACKED
 
 STORAGES = {"q8": low_memory.q8(), "bfloat16": low_memory.bfloat16()}
@@ -58,7 +58,7 @@ def last(make, grads, x, *numbers):
 @jax.jit
 def decoded(field):
     return jax.tree.map(
-        lambda slot: slot.decode() if is_packed(slot) else slot, split(field), is_leaf=is_packed
+        lambda slot: slot.decode() if is_packed(slot) else slot, slots_of(field), is_leaf=is_packed
     )
 
 

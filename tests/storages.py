@@ -11,7 +11,7 @@ import pytest
 from helpers import assert_moved, side_by_side
 from rmsprop_jax import low_memory, rmsprop
 from rmsprop_jax._rule import is_ours
-from rmsprop_jax._storage import is_packed, split
+from rmsprop_jax._storage import is_packed, slots_of
 
 FULL = {"centered": True, "momentum": 0.9, "weight_decay": 0.1, "bias_correction": True}
 SLOTS = ("nu", "mu", "trace")
@@ -65,7 +65,7 @@ def ours(state):
 
 def slot(field, name):
     """The arrays of one leaf of a field, with its own scale."""
-    held = split(field)[name]
+    held = slots_of(field)[name]
     return (held.codes, held.exponents, held.scales[held.leaf]) if is_packed(held) else held
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 
 from rmsprop_jax._rule import RMSPropState, is_ours, rules_of
-from rmsprop_jax._storage import is_packed, join, split
+from rmsprop_jax._storage import is_packed, slots_of, with_slots
 from rmsprop_jax.convert._state import place
 
 
@@ -41,7 +41,7 @@ def change_storage(state: Any, params: Any, tx: Any) -> Any:
       >>> print(held.nu.codes.dtype, convert.change_storage(held, params, plain).nu[0])
       uint8 0.40625
     """
-    rules_of(tx)
+    rules_of(tx, params)
     old: Any = jax.tree.flatten(state, is_leaf=is_ours)
     new: Any = jax.tree.flatten(tx.init(params), is_leaf=is_ours)
     if old[1] != new[1]:
@@ -65,8 +65,8 @@ def _moved(old: Any, new: Any) -> Any:
     structures: list[Any] = [jax.tree.structure(field) for field in (old, new)]
     if structures[0] == structures[1] and jax.tree.map(_form, old) == jax.tree.map(_form, new):
         return jax.tree.map(place, new, old)
-    sources: Any = jax.tree.flatten(split(old), is_leaf=is_packed)
-    targets: Any = jax.tree.flatten(split(new), is_leaf=is_packed)
+    sources: Any = jax.tree.flatten(slots_of(old), is_leaf=is_packed)
+    targets: Any = jax.tree.flatten(slots_of(new), is_leaf=is_packed)
     shapes = [[slot.shape for slot in slots] for slots, _ in (sources, targets)]
     if sources[1] != targets[1] or shapes[0] != shapes[1]:
         raise ValueError(
@@ -75,7 +75,7 @@ def _moved(old: Any, new: Any) -> Any:
         )
     values = [slot.decode() if is_packed(slot) else slot for slot in sources[0]]
     slots = map(place, targets[0], values)
-    return join(new, jax.tree.unflatten(targets[1], slots))
+    return with_slots(new, jax.tree.unflatten(targets[1], slots))
 
 
 def _form(array: jax.Array) -> tuple[Any, ...]:

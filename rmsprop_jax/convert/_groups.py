@@ -5,6 +5,7 @@ from typing import Any
 
 from rmsprop_jax import dialects
 from rmsprop_jax._rule import Rule, rules_in
+from rmsprop_jax._transformation import ask
 
 Group = Mapping[str, Any]
 
@@ -50,11 +51,16 @@ def timm_options(group: Group) -> dict[str, Any]:
 
 
 def pytorch_rule(group: Group) -> Rule:
-    return rules_in(dialects.pytorch(**pytorch_options(group)))[0]
+    return _rule(dialects.pytorch(**pytorch_options(group)))
 
 
 def timm_rule(group: Group) -> Rule:
-    return rules_in(dialects.timm(**timm_options(group)))[0]
+    return _rule(dialects.timm(**timm_options(group)))
+
+
+def _rule(tx: Any) -> Rule:
+    (rule,) = rules_in(ask(tx.init, {})[0])
+    return rule
 
 
 def _options(group: Group, later: Mapping[str, Any]) -> dict[str, Any]:
@@ -69,19 +75,23 @@ def _number(group: Group, name: str) -> float | bool | None:
     return value if value is None or isinstance(value, bool) else float(value)
 
 
-def compare(
-    groups: Sequence[Group], tx: Any, strict: bool, rule_of: Callable[[Group], Rule]
-) -> bool:
-    """Whether their buffers hold the learning rate. Refuses a tx that follows other rules."""
-    theirs = [rule_of(group) for group in groups]
-    ours = [_switches(rule) for rule in rules_in(tx)]
-    for index, rule in enumerate(theirs):
-        if strict and ours and _switches(rule) not in ours:
-            differ = {n: v for n, v in _switches(rule).items() if all(o[n] != v for o in ours)}
+def check_rules(
+    groups: Sequence[Group], ours: Sequence[Rule], rule_of: Callable[[Group], Rule]
+) -> None:
+    """Refuses groups that follow other rules than those of a transformation."""
+    switches = [_switches(rule) for rule in ours]
+    for index, rule in enumerate(map(rule_of, groups)):
+        if _switches(rule) not in switches:
+            differ = {n: v for n, v in _switches(rule).items() if all(o[n] != v for o in switches)}
             raise ValueError(
                 f"param_groups[{index}] has {differ or _switches(rule)}, but tx has not: "
                 "build tx with these, or convert with strict=False"
             )
+
+
+def lr_in_momentum(groups: Sequence[Group], rule_of: Callable[[Group], Rule]) -> bool:
+    """Whether the buffers of groups hold the learning rate."""
+    theirs = [rule_of(group) for group in groups]
     inside = {rule.variant.lr_in_momentum for rule in theirs if rule.hyper.momentum is not None}
     if len(inside) > 1:
         raise ValueError("param_groups differ in lr_in_momentum: convert each by itself")
@@ -92,7 +102,7 @@ def _switches(rule: Rule) -> dict[str, Any]:
     """What of a rule is neither a number nor undone by a conversion."""
     variant, hyper = rule.variant, rule.hyper
     return {
-        "centered": rule.centered,
+        "centered": rule.variant.centered,
         "momentum": hyper.momentum is not None,
         "weight_decay": hyper.weight_decay is not None,
         "decoupled_weight_decay": variant.decoupled_weight_decay,

@@ -60,7 +60,7 @@ def from_keras(
     """
     arrays = _arrays(variables)
     order = _order(mapping, names)
-    fields = _fields(tx)
+    fields = _fields(tx, params)
     head = len(arrays) - len(order) * len(fields)
     scalars = head in (1, 2) and all(np.shape(array) == () for array in arrays[:head])
     if not scalars or not np.issubdtype(arrays[0].dtype, np.integer):
@@ -126,12 +126,16 @@ def to_keras(
     head = [np.asarray(foreign.steps)]
     if learning_rate is not None:
         head.append(np.asarray(learning_rate))
-    return head + [getattr(foreign.entries[name], field) for field in _fields(tx) for name in order]
+    return head + [
+        getattr(foreign.entries[name], field) for field in _fields(tx, params) for name in order
+    ]
 
 
-def _fields(tx: Any) -> list[str]:
+def _fields(tx: Any, params: Any) -> list[str]:
     """Which slots tx has. Keras has one optimizer for all variables."""
-    has = {(rule.hyper.momentum is not None, rule.centered) for rule in rules_of(tx)}
+    has = {
+        (rule.hyper.momentum is not None, rule.variant.centered) for rule in rules_of(tx, params)
+    }
     if len(has) != 1:
         raise ValueError("tx must be one RMSProp for all variables, as Keras has, or alike ones")
     ((momentum, centered),) = has

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from rmsprop_jax._checks import leaf_name
+from rmsprop_jax._checks import is_trained, leaf_name
 from rmsprop_jax._storage import is_packed
 
 Name = str | int
@@ -47,8 +47,22 @@ _WHOLE = (0, 1, 0)  # as a part
 
 def by_path(tree: Any) -> dict[str, Any]:
     """The leaves of a tree, or its slots, by their path, as in "layer/kernel"."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_packed)
-    return {leaf_name(path): leaf for path, leaf in leaves}
+    leaves: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_packed):
+        if (name := leaf_name(path)) in leaves:
+            raise ValueError(f"params must have different paths, got {name!r} for two leaves")
+        leaves[name] = leaf
+    return leaves
+
+
+def with_state(mapping: LeafMapping, params: Any) -> tuple[LeafMapping, Any]:
+    """What of both has a state: no integers."""
+    paths = jax.tree_util.tree_leaves_with_path(params)
+    left_out = {leaf_name(path) for path, leaf in paths if not is_trained(path, leaf)}
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf if is_trained(path, leaf) else None, params
+    )
+    return {path: leaf for path, leaf in mapping.items() if path not in left_out}, params
 
 
 def resolve(mapping: LeafMapping, params: Any) -> dict[str, Leaf]:

@@ -8,9 +8,8 @@ from jax.tree_util import tree_map_with_path
 import numpy as np
 
 from rmsprop_jax._checks import leaf_name
-from rmsprop_jax._rule import rules_of
-from rmsprop_jax.convert._mapping import Leaf, Name, by_path, take
-from rmsprop_jax.convert._state import Entry, Foreign, place, to_ours, to_theirs
+from rmsprop_jax.convert._mapping import Leaf, Name, by_path, take, with_state
+from rmsprop_jax.convert._state import Entry, Foreign, place, rules_at, to_ours, to_theirs
 
 # Of these Optax exports but four. Adam's, say, has the same fields.
 _STATES = {
@@ -68,12 +67,16 @@ def from_optax(opt_state: Any, params: Any, tx: Any, *, steps: int | None = None
     for slot in slots:
         if differ := sorted(set(slots[slot]) ^ set(slots["nu"])):
             raise ValueError(f"opt_state has nu or {slot} of {differ}, but not both")
+    mapping, _ = with_state({path: path for path in by_path(params)}, params)
+    untrained = set(by_path(params)) - set(mapping)
     for path, nu in slots["nu"].items():
+        if path in untrained:
+            continue
         mu, trace = (np.asarray(slots[n][path]) if n in slots else None for n in ("mu", "trace"))
         entries[path] = Entry(np.asarray(nu), mu, None if trace is None else -trace)
-    weight_sum = _weight_sum(tx, steps) if corrected else None
+    weight_sum = _weight_sum(tx, params, steps) if corrected else None
     foreign = Foreign(entries, steps, lr_in_momentum=True, weight_sum=weight_sum)
-    return to_ours(foreign, params, {path: path for path in by_path(params)}, tx)
+    return to_ours(foreign, params, mapping, tx)
 
 
 def to_optax(state: Any, params: Any, tx: Any, like: Any) -> Any:
@@ -102,12 +105,15 @@ def to_optax(state: Any, params: Any, tx: Any, like: Any) -> Any:
       >>> print(opt_state[0].nu["w"].round(4))
       [10. 40.]
     """
-    mapping = {path: path for path in by_path(params)}
+    mapping, _ = with_state({path: path for path in by_path(params)}, params)
+    untrained = set(by_path(params)) - set(mapping)
     foreign = to_theirs(state, params, mapping, tx, lr_in_momentum=True)
     has = {field: _has(foreign, field) for field in ("nu", "mu", "trace")}
 
     def slot(field: str, path: Any, old: Any) -> Any:
         where = leaf_name(path)
+        if where in untrained:
+            return old
         if where not in foreign.entries:
             raise ValueError(f"like has {where!r}, and params has not")
         value = getattr(foreign.entries[where], field)
@@ -145,9 +151,9 @@ def _has(foreign: Foreign, field: str) -> bool:
     return any(entry and getattr(entry, field) is not None for entry in foreign.entries.values())
 
 
-def _weight_sum(tx: Any, steps: int) -> float | None:
+def _weight_sum(tx: Any, params: Any, steps: int) -> float | None:
     """1 - decay^steps, by which Optax divides in every step, and we in the state."""
-    found = [rule.hyper.decay for rule in rules_of(tx)]
+    found = [rule.hyper.decay for rule in rules_at(tx, tx.init(params), params)]
     decays = {None if callable(decay) else float(decay) for decay in found}
     if len(decays) != 1 or (decay := decays.pop()) is None:
         raise ValueError("tx must have one constant decay, as optax.rmsprop has")

@@ -10,8 +10,9 @@ from jax.tree_util import tree_map_with_path
 import numpy as np
 
 from rmsprop_jax._checks import leaf_name
-from rmsprop_jax._rule import RMSPropState, Rule, is_ours, rules_of
-from rmsprop_jax._storage import Slot, is_packed, join, split
+from rmsprop_jax._rule import RMSPropState, Rule, is_ours, rules_in, rules_of
+from rmsprop_jax._storage import Slot, is_packed, slots_of, with_slots
+from rmsprop_jax._transformation import reports
 from rmsprop_jax.convert._mapping import (
     Leaf,
     LeafMapping,
@@ -21,6 +22,7 @@ from rmsprop_jax.convert._mapping import (
     refuse_unmapped,
     resolve,
     take,
+    with_state,
 )
 
 
@@ -58,9 +60,11 @@ class Foreign(NamedTuple):
 
 def to_ours(foreign: Foreign, params: Any, mapping: LeafMapping, tx: Any) -> Any:
     """The state of tx after init, with what the framework remembers in every RMSPropState."""
-    leaves = resolve(mapping, params)
+    rules_of(tx, params)
+    start = tx.init(params)
+    leaves = resolve(*with_state(mapping, params))
     refuse_unmapped(foreign.entries, leaves)
-    scale = _scale(tx, foreign)
+    scale = _scale(foreign, tx, start, params)
     filled: set[str] = set()
 
     def fill(state: Any) -> Any:
@@ -90,7 +94,9 @@ def to_ours(foreign: Foreign, params: Any, mapping: LeafMapping, tx: Any) -> Any
         for field in ("nu", "mu", "trace"):
             held = getattr(state, field)
             fill_slot = functools.partial(slot, field)
-            trees[field] = join(held, tree_map_with_path(fill_slot, split(held), is_leaf=is_packed))
+            trees[field] = with_slots(
+                held, tree_map_with_path(fill_slot, slots_of(held), is_leaf=is_packed)
+            )
         weight_sum = state.weight_sum
         if weight_sum is not None:
             weight_sum = place(weight_sum, np.asarray(foreign.weight_sum))
@@ -98,7 +104,7 @@ def to_ours(foreign: Foreign, params: Any, mapping: LeafMapping, tx: Any) -> Any
             count=place(state.count, np.asarray(foreign.steps)), weight_sum=weight_sum, **trees
         )
 
-    state = jax.tree.map(fill, tx.init(params), is_leaf=is_ours)
+    state = jax.tree.map(fill, start, is_leaf=is_ours)
     if left := sorted(set(leaves) - filled):
         raise ValueError(f"tx keeps no state for {left}")
     return state
@@ -108,25 +114,23 @@ def to_theirs(
     state: Any, params: Any, mapping: LeafMapping, tx: Any, *, lr_in_momentum: bool
 ) -> Foreign:
     """What a framework would remember, of a state of tx. Its entries are whole arrays."""
-    leaves = resolve(mapping, params)
-    wanted = {
-        (rule.centered, rule.hyper.momentum is not None, rule.bias_correction)
-        for rule in rules_of(tx)
-    }
+    leaves = resolve(*with_state(mapping, params))
+    wanted = [rule.in_use() for rule in rules_of(tx, params)]
     ours = [leaf for leaf in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(leaf)]
     if not ours:
         raise ValueError(f"state has no RMSPropState in it, got {type(state).__name__}")
-    if {tuple(slot is not None for slot in (o.mu, o.trace, o.weight_sum)) for o in ours} != wanted:
+    in_use = [{field: getattr(one, field) is not None for field in wanted[0]} for one in ours]
+    if not all(a in wanted for a in in_use) or not all(a in in_use for a in wanted):
         raise ValueError("state is not of tx: it has other slots")
     count = int(ours[0].count)
     weight_sum = None if ours[0].weight_sum is None else float(ours[0].weight_sum)
     foreign = Foreign({}, count, lr_in_momentum, weight_sum)
-    scale = 1 / _scale(tx, foreign)
+    scale = 1 / _scale(foreign, tx, state, params)
     w = weight_sum or 1.0
 
     slots: dict[str, dict[str, np.ndarray]] = {"nu": {}, "mu": {}, "trace": {}}
     for one in ours:
-        s, m, b = (by_path(split(getattr(one, field))) for field in slots)
+        s, m, b = (by_path(slots_of(getattr(one, field))) for field in slots)
         for path, held in s.items():
             if path in slots["nu"]:
                 raise ValueError(f"state has {path!r} twice")
@@ -171,22 +175,23 @@ def _slot(field: str, entry: Entry, leaf: Leaf, old: Slot, w: float) -> np.ndarr
     return _by_parts(lambda part: np.maximum(part, zero), s)
 
 
-def _scale(tx: Any, foreign: Foreign) -> float:
+def _scale(foreign: Foreign, tx: Any, state: Any, params: Any) -> float:
     """The number that turns the buffers of the framework into those of tx.
 
     It is the learning rate of the step after count others, where one has it in the buffer and the
     other after it: that step is then the same.
     """
-    rules = rules_of(tx)
+    rules = rules_of(tx, params)
     for rule in rules:
-        if rule.bias_correction != (foreign.weight_sum is not None):
+        if rule.variant.bias_correction != (foreign.weight_sum is not None):
             raise ValueError(
-                f"bias_correction={rule.bias_correction} in tx, but not so in the source"
+                f"bias_correction={rule.variant.bias_correction} in tx, but not so in the source"
             )
     with_momentum = [rule for rule in rules if rule.hyper.momentum is not None]
     inside = {rule.variant.lr_in_momentum for rule in with_momentum}
     if inside <= {foreign.lr_in_momentum}:
         return 1.0
+    with_momentum = [r for r in rules_at(tx, state, params) if r.hyper.momentum is not None]
     rates = {_rate(rule, foreign.steps) for rule in with_momentum}
     if len(inside) > 1 or len(rates) > 1:
         raise ValueError("tx has several learning rates: convert each of its parts by itself")
@@ -194,6 +199,20 @@ def _scale(tx: Any, foreign: Foreign) -> float:
     if rate == 0:
         raise ValueError(f"the learning rate after {foreign.steps} steps is 0: no buffer has it")
     return 1 / rate if foreign.lr_in_momentum else rate
+
+
+def rules_at(tx: Any, state: Any, params: Any) -> list[Rule]:
+    """The rules of tx, with the numbers of the step after a state, if a state has some of them."""
+    rules = rules_of(tx, params)
+    if not any(isinstance(h, jax.ShapeDtypeStruct) for rule in rules for h in rule.hyper):
+        return rules
+    _, params = with_state({}, params)
+    zeros = jax.tree.map(lambda param: jnp.zeros(np.shape(param), param.dtype), params)
+    with reports() as parts:
+        tx.update(zeros, state, zeros)
+    if not (rules := rules_in(parts)):
+        raise ValueError("tx has its numbers in a state, and does not use them in its next step")
+    return rules
 
 
 def _rate(rule: Rule, count: int) -> float:

@@ -5,9 +5,15 @@ from typing import Any
 
 import numpy as np
 
-from rmsprop_jax._rule import Rule
+from rmsprop_jax._rule import Rule, rules_of
 from rmsprop_jax.convert._arrays import array
-from rmsprop_jax.convert._groups import Group, compare, pytorch_rule, timm_rule
+from rmsprop_jax.convert._groups import (
+    Group,
+    check_rules,
+    lr_in_momentum,
+    pytorch_rule,
+    timm_rule,
+)
 from rmsprop_jax.convert._mapping import LeafMapping, Name, as_leaf
 from rmsprop_jax.convert._state import Entry, Foreign, to_ours, to_theirs
 
@@ -158,7 +164,10 @@ def _from(
         if not isinstance(state_dict, Mapping) or key not in state_dict:
             raise ValueError(f"state_dict has no {key!r}: it is not an optimizer's state_dict()")
     held, groups = dict(state_dict["state"]), state_dict["param_groups"]
-    inside = compare(groups, tx, strict, rule_of)
+    rules = rules_of(tx, params)
+    if strict:
+        check_rules(groups, rules, rule_of)
+    inside = lr_in_momentum(groups, rule_of)
     entries: dict[Name, Entry | None] = {}
     steps = [0]
     for number, name, group in _numbered(groups, names, mapping):
@@ -183,7 +192,10 @@ def _to(
     strict: bool,
     rule_of: Callable[[Group], Rule],
 ) -> dict[str, Any]:
-    inside = compare(groups, tx, strict, rule_of)
+    rules = rules_of(tx, params)
+    if strict:
+        check_rules(groups, rules, rule_of)
+    inside = lr_in_momentum(groups, rule_of)
     foreign = to_theirs(state, params, mapping, tx, lr_in_momentum=inside)
     entries = dict(foreign.entries)
     held = {}
@@ -206,7 +218,7 @@ def _to(
 
 def _entry(slots: Mapping[str, Any], what: str, rule: Rule) -> Entry:
     wanted = {"step", "square_avg"}
-    wanted |= {"grad_avg"} if rule.centered else set()
+    wanted |= {"grad_avg"} if rule.variant.centered else set()
     wanted |= {"momentum_buffer"} if rule.hyper.momentum is not None else set()
     if set(slots) != wanted:
         raise ValueError(f"{what} has {sorted(slots)}, but its group wants {sorted(wanted)}")

@@ -4,6 +4,7 @@ import numbers
 from typing import Any
 
 from rmsprop_jax import _checks
+from rmsprop_jax._rule import Schedule
 
 
 def checked(**arguments: Any) -> list[Any]:
@@ -32,6 +33,8 @@ def refuse_int(name: str, value: Any) -> None:
 
 
 def _checked(name: str, value: Any) -> Any:
-    if callable(value):
-        return lambda count: _checks.number(name, value(count), schedule=False)
-    return _checks.number(name, value)
+    return Schedule(_checked_at, (name, value)) if callable(value) else _checks.number(name, value)
+
+
+def _checked_at(count: Any, name: str, schedule: Any) -> Any:
+    return _checks.number(name, schedule(count), schedule=False)

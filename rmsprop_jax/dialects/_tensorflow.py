@@ -1,6 +1,5 @@
 """TensorFlow 1, the two ages of Keras, and Sonnet."""
 
-from collections.abc import Callable
 import math
 from typing import Any
 
@@ -9,7 +8,7 @@ import optax
 
 from rmsprop_jax import _checks
 from rmsprop_jax._rmsprop import rmsprop
-from rmsprop_jax._rule import ScalarOrSchedule
+from rmsprop_jax._rule import ScalarOrSchedule, Schedule
 from rmsprop_jax._storage import Storage
 from rmsprop_jax.dialects._arguments import at, checked, refuse_int, unless_0
 
@@ -201,7 +200,9 @@ def keras_legacy(
     decay = _checks.number("decay", decay, (0, math.inf), schedule=False)
     momentum = unless_0(momentum)
     return rmsprop(
-        learning_rate if unless_0(decay) is None else _inverse_time(learning_rate, decay),
+        learning_rate
+        if unless_0(decay) is None
+        else Schedule(_inverse_time, (learning_rate, decay)),
         rho,
         epsilon,
         eps_in_sqrt=momentum is not None,
@@ -266,5 +267,5 @@ def sonnet(
     )
 
 
-def _inverse_time(learning_rate: Any, decay: Any) -> Callable[[jax.Array], Any]:
-    return lambda count: at(learning_rate, count) / (1 + decay * count)
+def _inverse_time(count: jax.Array, learning_rate: Any, decay: Any) -> Any:
+    return at(learning_rate, count) / (1 + decay * count)

@@ -1,6 +1,5 @@
 """PyTorch, and the two optimizers written in PyTorch to act like TensorFlow."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,7 +7,7 @@ import optax
 
 from rmsprop_jax import _checks
 from rmsprop_jax._rmsprop import rmsprop
-from rmsprop_jax._rule import Scalar, ScalarOrSchedule
+from rmsprop_jax._rule import Scalar, ScalarOrSchedule, Schedule
 from rmsprop_jax._storage import Storage
 from rmsprop_jax.dialects._arguments import at, checked, unless_0
 
@@ -238,10 +237,14 @@ def _peak(lr: Any, initial_lr: Any) -> Any:
     return peak if name == "initial_lr" or isinstance(lr, float) else None
 
 
-def _corrected(weight_decay: Any, lr: Any, peak: Any) -> Callable[[jax.Array], Any]:
+def _corrected(weight_decay: Any, lr: Any, peak: Any) -> Schedule:
     if peak is None:
         raise ValueError(
             "corrected_weight_decay=True needs initial_lr, the lr that timm is constructed with, "
             "when lr is a schedule or an array"
         )
-    return lambda count: at(weight_decay, count) * (at(lr, count) / peak)
+    return Schedule(_corrected_at, (weight_decay, lr, peak))
+
+
+def _corrected_at(count: jax.Array, weight_decay: Any, lr: Any, peak: Any) -> Any:
+    return at(weight_decay, count) * (at(lr, count) / peak)

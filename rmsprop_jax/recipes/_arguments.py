@@ -1,6 +1,6 @@
 """What all recipes do with their arguments."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +8,8 @@ import numpy as np
 import optax
 
 from rmsprop_jax import _checks
+from rmsprop_jax._rule import Schedule
+from rmsprop_jax._transformation import transformation
 
 
 def number(name: str, value: Any) -> Any:
@@ -25,34 +27,49 @@ def above_0(name: str, value: Any) -> float:
     return value
 
 
+class Clipped(NamedTuple):
+    """The transformation tx, of gradients whose global norm is at most max_norm.
+
+    The norm is taken in at least float32: of some hundred float16 gradients it can be infinite. The
+    state is as that of ``optax.chain``.
+    """
+
+    max_norm: float
+    tx: optax.GradientTransformationExtraArgs
+
+    def init(self, params: optax.Params) -> tuple[optax.EmptyState, Any]:
+        return optax.EmptyState(), self.tx.init(params)
+
+    def update(
+        self,
+        updates: optax.Updates,
+        state: tuple[optax.EmptyState, Any],
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, tuple[optax.EmptyState, Any]]:
+        wide = jax.tree.map(lambda g: g.astype(np.promote_types(g.dtype, np.float32)), updates)
+        small, _ = optax.clip_by_global_norm(self.max_norm).update(wide, state[0])
+        updates = jax.tree.map(lambda s, g: s.astype(g.dtype), small, updates)
+        updates, inner = self.tx.update(updates, state[1], params, **extra_args)
+        return updates, (state[0], inner)
+
+
 def clipped(
     max_norm: float | None, tx: optax.GradientTransformationExtraArgs
 ) -> optax.GradientTransformationExtraArgs:
-    """The transformation tx, of gradients whose global norm is at most max_norm.
-
-    The norm is taken in at least float32: of some hundred float16 gradients it can be infinite.
-    """
-    if max_norm is None:
-        return tx
-    clip = optax.clip_by_global_norm(above_0("max_norm", max_norm))
-
-    def clip_wide(grads: Any, _: Any) -> Any:
-        wide = jax.tree.map(lambda g: g.astype(np.promote_types(g.dtype, np.float32)), grads)
-        small, _ = clip.update(wide, clip.init(grads))
-        return jax.tree.map(lambda s, g: s.astype(g.dtype), small, grads)
-
-    return optax.chain(optax.stateless(clip_wide), tx)
+    """The transformation tx, clipped unless max_norm is None."""
+    return tx if max_norm is None else transformation(Clipped(above_0("max_norm", max_norm), tx))
 
 
-def stairs(learning_rate: Any, steps: float, factor: float) -> optax.Schedule:
+def stairs(learning_rate: Any, steps: float, factor: float) -> Schedule:
     """A learning rate that is multiplied by a factor every so many steps."""
+    return Schedule(_stairs_at, (learning_rate, steps, factor))
 
-    def schedule(count: jax.Array) -> jax.Array:
-        if steps.is_integer():
-            done = count // min(int(steps), 2**31 - 1)
-        else:
-            # Some units in the last place more, lest a quotient that is whole come out below it.
-            done = jnp.floor(count * ((1 + 4 * jnp.finfo(float).eps) / steps))
-        return learning_rate * factor ** done.astype(float)
 
-    return schedule
+def _stairs_at(count: jax.Array, learning_rate: Any, steps: float, factor: float) -> Any:
+    if steps.is_integer():
+        done = count // min(int(steps), 2**31 - 1)
+    else:
+        # Some units in the last place more, lest a quotient that is whole come out below it.
+        done = jnp.floor(count * ((1 + 4 * jnp.finfo(float).eps) / steps))
+    return learning_rate * factor ** done.astype(float)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import optax
 
 from rmsprop_jax._rmsprop import rmsprop
-from rmsprop_jax._rule import Scalar
+from rmsprop_jax._rule import Scalar, Schedule
 from rmsprop_jax._storage import Storage
 from rmsprop_jax.dialects import pytorch, tensorflow_v1
 from rmsprop_jax.recipes._arguments import above_0, clipped, number
@@ -49,7 +49,11 @@ def nature_dqn(
 
 
 def dqn_zoo(
-    learning_rate: Scalar = 2.5e-4, *, batch_size: int = 32, storage: Storage | None = None
+    learning_rate: Scalar = 2.5e-4,
+    *,
+    batch_size: int = 32,
+    eps: Scalar | None = None,
+    storage: Storage | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """DQN of DQN Zoo: :func:`nature_dqn` for a loss that is a mean, so eps is 0.01 / 32^2.
 
@@ -58,6 +62,7 @@ def dqn_zoo(
     Args:
       learning_rate: number, constant in the source.
       batch_size: transitions in a batch; 32 in the source.
+      eps: number of at least 0, in units of the gradient squared; None for 0.01 / batch_size^2.
       storage: how the state is held, as in :func:`rmsprop_jax.rmsprop`.
 
     Returns:
@@ -78,7 +83,8 @@ def dqn_zoo(
 
     Source: google-deepmind/dqn_zoo, dqn_zoo/dqn/run_atari.py.
     """
-    eps = 0.01 / above_0("batch_size", batch_size) ** 2
+    smallest = 0.01 / above_0("batch_size", batch_size) ** 2
+    eps = smallest if eps is None else number("eps", eps)
     return rmsprop(
         number("learning_rate", learning_rate), 0.95, eps, centered=True, storage=storage
     )
@@ -209,15 +215,20 @@ def a2c(
     """
     rate = number("learning_rate", learning_rate)
     total, batch = above_0("total_timesteps", total_timesteps), above_0("batch_size", batch_size)
-
-    def schedule(count: jax.Array) -> jax.Array:
-        done = count * (batch / total) + (batch - 1) / total
-        return rate * jnp.maximum(1 - done, 0)
-
+    schedule = Schedule(_within_an_update, (rate, total, batch))
     return clipped(max_norm, tensorflow_v1(schedule, 0.99, epsilon=1e-5, storage=storage))
 
 
-def _to_0(learning_rate: Scalar, total_steps: float) -> optax.Schedule:
+def _within_an_update(count: jax.Array, rate: Scalar, total: float, batch: float) -> jax.Array:
+    done = count * (batch / total) + (batch - 1) / total
+    return rate * jnp.maximum(1 - done, 0)
+
+
+def _to_0(learning_rate: Scalar, total_steps: float) -> Schedule:
     """From learning_rate at the first update in a straight line to 0 after total_steps."""
     rate, total = number("learning_rate", learning_rate), above_0("total_steps", total_steps)
-    return lambda count: rate * jnp.maximum(1 - count / total, 0)
+    return Schedule(_line, (rate, total))
+
+
+def _line(count: jax.Array, rate: Scalar, total: float) -> jax.Array:
+    return rate * jnp.maximum(1 - count / total, 0)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from rmsprop_jax._rmsprop import rmsprop
-from rmsprop_jax._rule import Scalar
+from rmsprop_jax._rule import Scalar, Schedule
 from rmsprop_jax._storage import Storage
 from rmsprop_jax.recipes._arguments import above_0, clipped, number, stairs
 
@@ -157,12 +157,7 @@ def mobilenet_v3(
     epoch = above_0("steps_per_epoch", steps_per_epoch)
     peak = number("learning_rate", learning_rate)
     falling = _stairs(peak, 3 * epoch, 0.99)
-    warmup = _warmup_steps(warmup_epochs, epoch)
-
-    def schedule(count: jax.Array) -> jax.Array:
-        rising = peak * count / warmup if warmup else jnp.inf
-        return jnp.minimum(rising, falling(count))
-
+    schedule = Schedule(_lower, (peak, _warmup_steps(warmup_epochs, epoch), falling))
     return _tensorflow(schedule, 0.9, 0.002, weight_decay, mask, storage)
 
 
@@ -213,21 +208,27 @@ def efficientnet(
     epoch = above_0("steps_per_epoch", steps_per_epoch)
     peak = number("learning_rate", learning_rate)
     falling = stairs(peak, 2.4 * epoch, 0.97)
-    warmup = _warmup_steps(warmup_epochs, epoch)
-
-    def schedule(count: jax.Array) -> jax.Array:
-        return jnp.where(count < warmup, peak * count / max(warmup, 1), falling(count))
-
+    schedule = Schedule(_in_turn, (peak, _warmup_steps(warmup_epochs, epoch), falling))
     return _tensorflow(schedule, 0.9, 0.001, weight_decay, mask, storage)
 
 
-def _stairs(learning_rate: Scalar, steps: float, factor: float) -> optax.Schedule:
+def _lower(count: jax.Array, peak: Scalar, warmup: int, falling: Schedule) -> jax.Array:
+    """The lower of a rate that rises to its peak, and one that falls."""
+    return jnp.minimum(peak * count / warmup if warmup else jnp.inf, falling(count))
+
+
+def _in_turn(count: jax.Array, peak: Scalar, warmup: int, falling: Schedule) -> jax.Array:
+    """A rate that rises to its peak, then one that falls."""
+    return jnp.where(count < warmup, peak * count / max(warmup, 1), falling(count))
+
+
+def _stairs(learning_rate: Scalar, steps: float, factor: float) -> Schedule:
     """Stairs whose length is cut to a whole number, as TensorFlow's training code does."""
     return stairs(number("learning_rate", learning_rate), float(max(int(steps), 1)), factor)
 
 
 def _tensorflow(
-    schedule: optax.Schedule,
+    schedule: Schedule,
     momentum: Scalar,
     eps: float,
     weight_decay: Scalar,

@@ -7,28 +7,40 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 import optax
 
-from rmsprop_jax._rule import objects_in
+from rmsprop_jax._transformation import Part, Transformation, ask, stand_in
 
 
-class Split:
-    """What splits the state of tx over axes of a mesh: zero1 and zero1_mapped."""
+class Partition:
+    """What gives each device a part of the state of tx: zero1 and zero1_mapped."""
 
     tx: Any
     axes: tuple[str, ...]
 
 
+def partition_of(tx: Any) -> Partition | None:
+    """What tx is made by, if that is zero1 or zero1_mapped."""
+    part = tx.part if isinstance(tx, Transformation) else None
+    return part if isinstance(part, Partition) else None
+
+
 def checked(tx: Any) -> Any:
-    """tx, with an update that takes any extra arguments; none that splits its state already."""
+    """tx, with an update that takes any extra arguments; none that is partitioned already."""
     if not callable(getattr(tx, "init", None)) or not callable(getattr(tx, "update", None)):
         raise TypeError(f"tx must be a gradient transformation, got {tx!r}")
-    if any(isinstance(part, Split) for part in objects_in(tx)):
+    if (params := stand_in(tx.init)) is not None:  # else init, which has some, asks
+        check_inside(ask(tx.init, params)[0])
+    # MultiSteps is none, and takes them.
+    plain = isinstance(tx, optax.GradientTransformation)
+    return optax.with_extra_args_support(tx) if plain else tx
+
+
+def check_inside(parts: Sequence[Part]) -> None:
+    """Refuses what is partitioned among the parts of a transformation."""
+    if any(isinstance(part, Partition) for part in parts):
         raise ValueError(
             "tx must not have zero1 or zero1_mapped inside it: put them outside, as in "
             "zero1(optax.chain(...), mesh, axis)"
         )
-    # MultiSteps is none, and takes them.
-    plain = isinstance(tx, optax.GradientTransformation)
-    return optax.with_extra_args_support(tx) if plain else tx
 
 
 def axes_of(name: str, value: Any) -> tuple[str, ...]:

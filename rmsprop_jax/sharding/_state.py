@@ -6,7 +6,8 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 
-from rmsprop_jax.sharding._arguments import Split, check_axes, checked
+from rmsprop_jax._transformation import ask
+from rmsprop_jax.sharding._arguments import check_axes, check_inside, checked, partition_of
 from rmsprop_jax.sharding._placement import (
     check_state_shardings,
     shardings_of_params,
@@ -56,9 +57,8 @@ def state_sharding(tx: Any, params: Any, shardings: Any, *, memory_kind: str | N
       data
       >>> state = jax.jit(tx.init, out_shardings=placed)(params)
     """
-    wrapper = getattr(getattr(tx, "init", None), "__self__", None)
-    inner = wrapper.tx if isinstance(wrapper, Split) else tx
-    inner = checked(inner)
+    wrapper = partition_of(tx)
+    inner = checked(tx if wrapper is None else wrapper.tx)
     wanted = shardings_of_params(shardings, params)
     meshes = {sharding.mesh for sharding in jax.tree.leaves(shardings)}
     if len(meshes) != 1:
@@ -69,7 +69,8 @@ def state_sharding(tx: Any, params: Any, shardings: Any, *, memory_kind: str | N
         check_axes("axis_name of zero1_mapped", wrapper.axes, everywhere.mesh)
         wanted = wrapper.parts(params, wanted)
         params = jax.tree.map(_part, params, wanted)
-    state = jax.eval_shape(inner.init, params)
+    inside, state = ask(inner.init, params)
+    check_inside(inside)
     if isinstance(wrapper, Zero1):
         own = jax.tree.leaves(shardings_of_params(wrapper.shardings, params))
         for param, a, b in zip(jax.tree.leaves(params), jax.tree.leaves(wanted), own, strict=True):

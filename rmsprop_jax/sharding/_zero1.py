@@ -7,7 +7,15 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import optax
 
-from rmsprop_jax.sharding._arguments import Split, axes_of, check_axes, check_shardings, checked
+from rmsprop_jax._transformation import ask, is_asked, transformation
+from rmsprop_jax.sharding._arguments import (
+    Partition,
+    axes_of,
+    check_axes,
+    check_inside,
+    check_shardings,
+    checked,
+)
 from rmsprop_jax.sharding._placement import (
     check_state_shardings,
     put,
@@ -19,8 +27,9 @@ from rmsprop_jax.sharding._placement import (
 AxisName = str | tuple[str, ...]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Zero1(Split):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Zero1(Partition):
     """What is wrapped, and where; its methods are the two functions of a transformation."""
 
     tx: Any
@@ -29,7 +38,11 @@ class Zero1(Split):
     everywhere: NamedSharding
 
     def init(self, params: optax.Params) -> Any:
-        parts = self.parts(params, jax.eval_shape(self.tx.init, params))
+        if is_asked():
+            return self.tx.init(params)
+        inside, shapes = ask(self.tx.init, params)
+        check_inside(inside)
+        parts = self.parts(params, shapes)
         state = self.tx.init(put(params, parts))
         check_state_shardings(state, params, parts)
         wanted = shardings_of_state(state, params, parts, self.everywhere)
@@ -121,5 +134,6 @@ def zero1(
     for sharding in jax.tree.leaves(shardings):
         if sharding.mesh != mesh:
             raise ValueError(f"shardings must be on the mesh {mesh}, got {sharding}")
-    wrapped = Zero1(tx, axes, everywhere if shardings is None else shardings, everywhere)
-    return optax.GradientTransformationExtraArgs(wrapped.init, wrapped.update)
+    return transformation(
+        Zero1(tx, axes, everywhere if shardings is None else shardings, everywhere)
+    )

@@ -1,5 +1,6 @@
 """ZeRO stage 1 inside a mapped axis, of pmap or shard_map."""
 
+from collections.abc import Sequence
 import dataclasses
 from typing import Any
 
@@ -8,8 +9,9 @@ from jax import lax
 import jax.numpy as jnp
 import optax
 
-from rmsprop_jax._rule import rules_of
-from rmsprop_jax.sharding._arguments import Split, axes_of, checked
+from rmsprop_jax._rule import some_rules
+from rmsprop_jax._transformation import Part, ask, is_asked, stand_in, transformation
+from rmsprop_jax.sharding._arguments import Partition, axes_of, check_inside, checked
 from rmsprop_jax.sharding._placement import (
     axis_to_split,
     split_over,
@@ -17,15 +19,36 @@ from rmsprop_jax.sharding._placement import (
 from rmsprop_jax.sharding._zero1 import AxisName
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Zero1Mapped(Split):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Zero1Mapped(Partition):
     """What is wrapped, and where; its methods are the two functions of a transformation."""
 
     tx: Any
     axes: tuple[str, ...]
+    is_checked: bool  # without parameters
 
     def init(self, params: optax.Params) -> Any:
-        return self.tx.init(jax.tree.map(self._mine, params))
+        if is_asked():
+            return self.tx.init(params)
+        params = jax.tree.map(self._mine, params)
+        self.check(ask(self.tx.init, params)[0])
+        return self.tx.init(params)
+
+    def check(self, parts: Sequence[Part]) -> None:
+        """Refuses what is wrong for parts of leaves among the parts of tx."""
+        check_inside(parts)
+        for rule in some_rules(self.tx, parts):
+            if rule.variant.cautious:
+                raise ValueError(
+                    "tx must not be cautious, which takes a mean over each leaf, where "
+                    "zero1_mapped has parts of leaves: use zero1"
+                )
+            if getattr(rule.variant.storage, "axis_name", None) is not None:
+                raise ValueError(
+                    "the storage of tx must not have an axis_name: leaves that zero1_mapped does "
+                    "not split would be rounded in another way on each device"
+                )
 
     def update(
         self,
@@ -42,6 +65,8 @@ class Zero1Mapped(Split):
             )
         whole, params = updates, jax.tree.map(self._mine, params)
         updates = jax.tree.map(self._mean, updates)
+        if not self.is_checked:
+            self.check(ask(self.tx.init, updates if params is None else params)[0])
         updates, state = self.tx.update(updates, state, params, **extra_args)
         return jax.tree.map(self._gathered, updates, whole), state
 
@@ -99,7 +124,6 @@ def zero1_mapped(tx: Any, axis_name: AxisName) -> optax.GradientTransformationEx
 
     Args:
       tx: a transformation of this library, or ``optax.chain`` or another wrapper with one in it.
-        Of ``optax.inject_hyperparams`` it must be inside, as the transformation there is hidden.
         ``q8`` and ``bfloat16`` round with the same random bits in all parts; blocks and
         ``min_size`` are of a part.
       axis_name: the mapped axis, or a tuple of them.
@@ -147,16 +171,8 @@ def zero1_mapped(tx: Any, axis_name: AxisName) -> optax.GradientTransformationEx
     """
     tx = checked(tx)
     axes = axes_of("axis_name", axis_name)
-    for rule in rules_of(tx):
-        if rule.variant.cautious:
-            raise ValueError(
-                "tx must not be cautious, which takes a mean over each leaf, where zero1_mapped "
-                "has parts of leaves: use zero1"
-            )
-        if getattr(rule.variant.storage, "axis_name", None) is not None:
-            raise ValueError(
-                "the storage of tx must not have an axis_name: leaves that zero1_mapped does not "
-                "split would be rounded in another way on each device"
-            )
-    wrapped = Zero1Mapped(tx, axes)
-    return optax.GradientTransformationExtraArgs(wrapped.init, wrapped.update)
+    params = stand_in(tx.init)
+    wrapped = Zero1Mapped(tx, axes, is_checked=params is not None)
+    if params is not None:
+        wrapped.check(ask(tx.init, params)[0])
+    return transformation(wrapped)

@@ -3,6 +3,7 @@
 import copy
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -150,7 +151,7 @@ def test_refuses_another_form(name, form, other):
 def test_refuses_other_transformations_and_states(framework):
     params, state = begun(framework.tx, tree())
     given = framework.to(state, params)
-    for tx in (optax.rmsprop(0.1), optax.inject_hyperparams(rmsprop)(0.1), None):
+    for tx in (optax.rmsprop(0.1), optax.inject_hyperparams(optax.rmsprop)(0.1), None):
         with pytest.raises(TypeError, match="tx must be an RMSProp of rmsprop_jax"):
             framework.back(given, params, tx if tx else optax.adam(0.1))
         other = copy.copy(framework)
@@ -173,6 +174,17 @@ def test_refuses_incomplete_mappings(framework):
         framework.back(given, params, mapping=MAPPING | {"flat": "flat.bias"})
     with pytest.raises(ValueError, match=r"mapping names nothing of \['flat.weight'\]"):
         framework.back(given, less, mapping=missing)
+
+
+def test_refuses_leaves_of_the_same_path():
+    params, tx = {"a/b": jnp.ones(2), "a": {"b": jnp.zeros(2)}}, rmsprop(0.1)
+    with pytest.raises(ValueError, match="must have different paths, got 'a/b' for two leaves"):
+        convert.params_from({"x": np.ones(2)}, params, {"a/b": "x"})
+    opt_state = optax.rmsprop(0.1).init(params)
+    with pytest.raises(ValueError, match="must have different paths, got 'a/b' for two leaves"):
+        convert.from_optax(opt_state, params, tx)
+    with pytest.raises(ValueError, match="must have different paths, got 'a/b' for two leaves"):
+        convert.to_optax(tx.init(params), params, tx, opt_state)
 
 
 @pytest.mark.parametrize("name", ["pytorch", "timm", "keras"])

@@ -148,3 +148,14 @@ def test_the_hash_over_steps_is_uniform_in_one_place():
     assert np.all(abs(up.mean(axis=0) - 0.5) < 5 * 0.5 / math.sqrt(1000))
     for place in up.T:
         assert abs(np.corrcoef(place[1:], place[:-1])[0, 1]) < 5 / math.sqrt(999)
+
+
+def test_leaves_of_the_same_name_draw_their_own_bits():
+    """Both "a/b": one by its key, the other by its place."""
+    x = jnp.ones((8, 512))
+    names = {"a/b": x, "a": {"b": x, "": {"": x}}, "a/b/": x}
+    tx = rmsprop(0.1, decay=0.999, storage=low_memory.bfloat16())
+    _, state = tx.update(names, tx.init(names))
+    drawn = [np.asarray(leaf, np.float32) for leaf in jax.tree.leaves(state.nu)]
+    for a, b in itertools.combinations(drawn, 2):
+        assert 0.1 < np.mean(a != b) < 0.9

@@ -13,7 +13,7 @@ import pytest
 
 from helpers import assert_moved
 from rmsprop_jax import low_memory, rmsprop
-from rmsprop_jax._storage import is_packed, split
+from rmsprop_jax._storage import is_packed, slots_of
 from rmsprop_jax.low_memory._blocks import block_of
 from small_states import FORMS, STORAGES, after, fields, last, row, table
 from storages import types
@@ -134,7 +134,7 @@ def test_which_leaves_are_held_in_8_bits():
     state = jax.eval_shape(tx.init, params)
     for name in params:
         for field, dtype in (("nu", jnp.uint8), ("mu", jnp.bfloat16), ("trace", jnp.int8)):
-            slot = split(getattr(state, field))[name]
+            slot = slots_of(getattr(state, field))[name]
             (held,) = jax.tree.leaves(slot, is_leaf=is_packed)
             eight = name in ("large", "prime")
             assert is_packed(held) == (eight and field != "mu"), (name, field)

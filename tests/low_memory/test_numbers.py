@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rmsprop_jax import low_memory, rmsprop
-from rmsprop_jax._storage import split
+from rmsprop_jax._storage import slots_of
 from small_states import after, fields, last, row, table, values
 
 
@@ -138,5 +138,5 @@ def test_values_from_elsewhere_become_the_nearest_or_0():
         (state.nu, [1, 0.7, 0, 0, 0, 0, 0]),
         (state.trace, [1, 0.7, -0.7] + 4 * [0]),
     ):
-        got = split(field).encode(theirs).decode()
+        got = slots_of(field).encode(theirs).decode()
         np.testing.assert_allclose(got, want, rtol=1 / 16)

@@ -73,6 +73,7 @@ ORDER = [
     "_storage",
     "_equations",
     "_checks",
+    "_transformation",
     "_rule",
     "_rmsprop",
     "_describe",

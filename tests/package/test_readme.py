@@ -73,7 +73,7 @@ def test_all_dialects_and_recipes_are_listed():
 def test_the_table_of_dialects_is_true():
     """ε, start value and the learning rate's place, as the calls beside them have it."""
     for _, eps, start, rate, decay, call in rows("## Which RMSProp do you mean?"):
-        rule = eval(call.strip("`"), {"dialects": dialects, "rmsprop": rmsprop}).update.__self__
+        rule = eval(call.strip("`"), {"dialects": dialects, "rmsprop": rmsprop}).part
         assert float(re.search(r"1e-\d+", eps)[0]) == rule.hyper.eps, call
         outside = eps.startswith("outside") or "outside without" in eps
         assert outside == (not rule.variant.eps_in_sqrt), call

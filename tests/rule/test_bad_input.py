@@ -18,7 +18,8 @@ ARGUMENTS = [
     ({"learning_rate": "1e-3"}, TypeError, "learning_rate must be a number.*got '1e-3'"),
     ({"learning_rate": True}, TypeError, "learning_rate must be a number.*got True"),
     ({"learning_rate": 1j}, TypeError, "learning_rate must be a number"),
-    ({"learning_rate": jnp.complex64(1)}, TypeError, "learning_rate must be a real number"),
+    ({"learning_rate": np.complex64(1)}, TypeError, "learning_rate must be a real number"),
+    ({"learning_rate": jnp.bool_(True)}, TypeError, "learning_rate must be a real number"),
     ({"learning_rate": np.ones(3)}, ValueError, r"learning_rate must be a scalar.*\(3,\)"),
     ({"learning_rate": jnp.ones((1,))}, ValueError, r"learning_rate must be a scalar.*\(1,\)"),
     ({"decay": 1.5}, ValueError, "decay must be >= 0 and <= 1, got 1.5"),
@@ -29,7 +30,7 @@ ARGUMENTS = [
     ({"eps": -1}, ValueError, "eps must be >= 0 and finite in float32, got -1"),
     ({"eps": NAN}, ValueError, "eps must be >= 0 and finite in float32, got nan"),
     ({"momentum": -0.9}, ValueError, "momentum must be >= 0 and finite in float32, got -0.9"),
-    ({"momentum": False}, TypeError, "momentum must be a number.*got False"),
+    ({"momentum": False}, TypeError, "momentum must be a number.*, or None for none, got False"),
     ({"weight_decay": -1e-4}, ValueError, "weight_decay must be >= 0 .*got -0.0001"),
     ({"initial_scale": -1.0}, ValueError, "initial_scale must be >= 0 .*got -1.0"),
     ({"initial_scale": True}, TypeError, "initial_scale must be a number or scalar array"),
@@ -88,22 +89,22 @@ def test_schedules_are_checked_when_they_speak():
                 update(g, state)
 
 
-@pytest.mark.parametrize(
-    "leaf",
-    [
-        jnp.ones(2, jnp.int32),
-        jnp.ones(2, bool),
-        3,
-        jax.random.key(0),
-        "weights",
-        np.ones(2, object),
-    ],
-    ids=["int32", "bool", "int", "key", "str", "object"],
-)
-def test_parameters_must_be_floating(leaf):
-    tx = rmsprop(0.1)
-    with pytest.raises(TypeError, match="parameter 'layer/w' must be floating or complex, got"):
-        tx.init({"layer": {"w": leaf, "b": jnp.ones(2)}})
+def test_parameters_must_be_arrays_or_numbers(subtests):
+    for leaf in ("weights", np.ones(2, object), np.asarray("weights"), jnp.tanh):
+        with (
+            subtests.test(leaf=str(leaf)),
+            pytest.raises(TypeError, match="parameter 'layer/w' must be floating or complex, or"),
+        ):
+            rmsprop(0.1).init({"layer": {"w": leaf, "b": jnp.ones(2)}})
+
+
+def test_numbers_without_sign_and_zero_are_refused_by_name():
+    """float8_e8m0fnu, the scales of other formats, holds neither 0 nor a step down."""
+    scales, tx = jnp.ones(2, jnp.float8_e8m0fnu), rmsprop(0.1)
+    with pytest.raises(TypeError, match=r"parameter 'w' must be .*, got float8_e8m0fnu\[2\]"):
+        tx.init({"w": scales})
+    with pytest.raises(AssertionError, match=r"gradient float8_e8m0fnu\[2\], nu float32\[2\]"):
+        tx.update({"w": scales}, tx.init({"w": jnp.ones(2)}))
 
 
 STATE = {"layer": {"w": jnp.ones((1, 3)), "b": jnp.ones(2)}}
@@ -119,6 +120,11 @@ GRADIENTS = [
         r"missing \['layer/w'\], unexpected \['layer/w/kernel'\]",
     ),
     ({"c": jnp.ones(2)}, r"missing \[\], unexpected \['layer/c'\]"),
+    (
+        {"c": {}},
+        r"at 'layer' the gradients have a dict of \['b', 'c', 'w'\], nu has a dict of \['b",
+    ),
+    ({"w": [jnp.ones((1, 3))]}, r"missing \['layer/w'\], unexpected \['layer/w/0'\]"),
 ]
 
 
@@ -138,11 +144,57 @@ def test_gradients_must_fit_the_state(change, message, form):
             jax.jit(tx.update)(grads, state)
 
 
+@pytest.mark.parametrize(
+    ("grads", "params", "message"),
+    [
+        ((1.0, 2.0), [1.0, 2.0], r"as a whole the gradients have a tuple.*nu has a list of \['0'"),
+        (
+            {"a": {"b": (1.0,)}},
+            {"a": {"b": [1.0]}},
+            r"at 'a/b' the gradients have a tuple of \['0'",
+        ),
+        ({"a": 1.0}, {"a": 1.0, "b": {}}, r"a dict of \['a'\], nu has a dict of \['a', 'b'\]"),
+        (
+            {"a": 1.0, "b": ()},
+            {"a": 1.0, "b": []},
+            r"at 'b' the gradients have a tuple of \[\], nu",
+        ),
+        ({"a": None}, {"a": ()}, r"missing \[\], unexpected \['a'\]"),
+        (
+            {"a": 1.0, "b": optax.EmptyState()},
+            {"a": 1.0, "b": optax.MaskedNode()},
+            "a EmptyState of",
+        ),
+        (optax.TraceState(1.0), {"trace": 1.0}, "have a TraceState of .'trace'., nu has a dict"),
+    ],
+)
+def test_errors_of_structure_name_the_place_and_both_kinds(grads, params, message):
+    for tx, name in ((rmsprop(0.1), "nu"), (rmsprop(0.1, weight_decay=0.1), "params")):
+        state = tx.init(params if name == "nu" else grads)
+        with pytest.raises(AssertionError, match=f"(?s){message.replace('nu', name)}"):
+            tx.update(grads, state, params)
+
+
 def test_a_gradient_must_have_a_state():
+    """Where a parameter is None, or an integer, there is nothing that it could train."""
     tx = rmsprop(0.1)
-    state = tx.init({"a": jnp.ones(2), "b": None})
-    with pytest.raises(AssertionError, match=r"(?s)tree 0.*'b': \*.*tree 1.*'b': None"):
-        tx.update({"a": jnp.ones(2), "b": jnp.ones(2)}, state)
+    for leaf in (None, 3, jnp.arange(2), jnp.ones(2, bool), jax.random.key(0)):
+        state = tx.init({"a": jnp.ones(2), "b": leaf})
+        with pytest.raises(
+            AssertionError, match=r"(?s)tree 0.*'b': \*.*tree 1.*'b': None.*\['b'\] must be None"
+        ):
+            tx.update({"a": jnp.ones(2), "b": jnp.ones(2)}, state)
+
+
+def test_plain_gradients_must_be_complex_where_the_parameters_are():
+    """What is remembered of both is real: the parameters tell, where they are given."""
+    real, complex_ = {"w": jnp.ones(2)}, {"w": jnp.ones(2, jnp.complex64)}
+    tx = rmsprop(0.1)
+    for grads, params in ((real, complex_), (complex_, real)):
+        for update in (tx.update, jax.jit(tx.update)):
+            with pytest.raises(AssertionError, match=r"'w': gradient \w+\[2\], params \w+\[2\]"):
+                update(grads, tx.init(params), params)
+    tx.update(real, tx.init(real), {"other": 1j})  # of which nothing is needed
 
 
 def test_gradients_must_be_complex_where_the_parameters_are():

@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from helpers import gradients, run
-from rmsprop_jax import describe, dialects, rmsprop, scale_by_rms
+from rmsprop_jax import describe, dialects, recipes, rmsprop, scale_by_rms
 
 PLAIN = """\
 s <- decay s + (1 - decay) |g|^2
@@ -109,7 +109,6 @@ def test_the_words_are_true(tx):
 def test_inside_the_wrappers_of_optax():
     tx = rmsprop(0.1)
     for wrapped in (
-        optax.chain(optax.clip(1.0), tx),
         optax.chain(optax.chain(optax.chain(tx))),
         optax.named_chain(("rms", tx)),
         optax.masked(tx, {"w": True}),
@@ -117,11 +116,58 @@ def test_inside_the_wrappers_of_optax():
         optax.MultiSteps(tx, 2),
         optax.MultiSteps(tx, 2).gradient_transformation(),
         optax.with_extra_args_support(tx),
+        optax.flatten(tx),
     ):
         assert describe(wrapped) == PLAIN
     two = optax.partition({"a": tx, "b": rmsprop(0.2)}, {"w": "a", "v": "b"})
     assert describe(two) == PLAIN + "\n\n" + PLAIN.replace("0.1", "0.2")
     assert "with learning_rate -1," in describe(scale_by_rms())
+
+
+def test_the_other_links_of_a_chain_are_counted():
+    clip, tx = optax.clip(1.0), rmsprop(0.1)
+    before = PLAIN + "\nand 1 other transformation before it, not described"
+    for chain in (
+        optax.chain(clip, tx),
+        optax.named_chain(("clip", clip), ("rms", tx)),
+        optax.chain(clip, optax.chain(tx)),
+        optax.chain(optax.chain(clip, clip), tx),
+        optax.MultiSteps(optax.chain(clip, optax.masked(tx, {"w": True})), 2),
+        optax.chain(clip, optax.partition({"a": tx, "b": clip}, {"w": "a", "v": "b"})),
+    ):
+        assert describe(chain) == before
+    around = optax.chain(clip, optax.chain(clip, tx), optax.scale(2.0))
+    assert describe(around) == PLAIN + (
+        "\nand 2 other transformations before it and 1 other transformation after it, not described"
+    )
+    for recipe in (recipes.torchbeast(100), recipes.a2c(100, 10), recipes.impala(9, max_norm=1.0)):
+        assert describe(recipe).endswith("and 1 other transformation before it, not described")
+    # Of several, each is told what is beside it.
+    parts = {"b": optax.chain(clip, tx), "a": rmsprop(0.2)}
+    two = describe(optax.partition(parts, {"w": "a", "v": "b"}))
+    assert two == before + "\n\n" + PLAIN.replace("0.1", "0.2")
+
+
+def test_hyperparameters_that_a_wrapper_has_in_its_state_are_arrays():
+    make = optax.inject_hyperparams(dialects.pytorch, static_args=("weight_decay", "momentum"))
+    text = describe(make(lr=1e-2, momentum=0.9))
+    assert text.startswith("s <- decay s + (1 - decay) g^2\nb <- momentum b + g / (sqrt(s) + eps)")
+    assert text.endswith("with learning_rate an array, decay an array, eps an array, momentum 0.9")
+
+
+def test_parameters_are_asked_for_where_a_wrapper_needs_them():
+    def first_alone(tx):
+        def init(params):
+            return tx.init(params["first"])
+
+        return optax.GradientTransformation(init, tx.update)
+
+    tx, params = first_alone(rmsprop(0.1)), {"first": jnp.ones(2), "second": jnp.ones(3)}
+    with pytest.raises(ValueError, match="params must be given: a wrapper in tx does not work"):
+        describe(tx)
+    assert describe(tx, params) == PLAIN
+    with pytest.raises(TypeError, match="tx must be an RMSProp of rmsprop_jax or have one in it"):
+        describe(first_alone(optax.sgd(0.1)), params)
 
 
 @pytest.mark.parametrize("tx", [optax.rmsprop(0.1), None, 3, optax.chain(optax.clip(1.0))])
@@ -134,30 +180,6 @@ def test_numbers_are_not_rounded():
     text = describe(rmsprop(0.1234567891, decay=0.9999999, initial_scale=jnp.float32(1)))
     assert "learning_rate 0.1234567891, decay 0.9999999," in text
     assert "from s = an array" in text
-
-
-def test_wrappers_of_all_kinds_are_looked_into():
-    class Slotted:
-        __slots__ = ()
-
-        def update(self):
-            if False:
-                later  # noqa: B018, F821
-
-    with pytest.raises(TypeError, match="tx must be an RMSProp"):
-        describe(Slotted())
-
-    def unassigned():
-        def update():
-            return later
-
-        tx = optax.GradientTransformation(update, update)
-        with pytest.raises(TypeError, match="tx must be an RMSProp"):
-            describe(tx)
-        later = None
-        return later
-
-    unassigned()
 
 
 def test_a_storage_of_ones_own_is_named():

@@ -8,8 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from helpers import assert_moved, gradients
-from rmsprop_jax import rmsprop, scale_by_rms
+from helpers import assert_moved, gradients, run
+from rmsprop_jax import dialects, rmsprop, scale_by_rms
 
 VALUES = {
     "learning_rate": 0.013,
@@ -230,3 +230,51 @@ def test_a_decay_of_one_at_first_leaves_the_buffer_empty(lr_in_momentum):
     for want in (0.0, 0.0, -0.1, -0.19):
         updates, state = tx.update(jnp.ones(1), state)
         np.testing.assert_allclose(updates, want, rtol=1e-6)
+
+
+def test_of_complex_hyperparameters_the_real_part_counts():
+    """``optax.inject_hyperparams`` gives all numbers the dtype of the widest parameter."""
+    grads = np.asarray([3 - 4j, 1j], np.complex64)
+    for theirs, ours in (
+        (optax.rmsprop(0.1), optax.inject_hyperparams(rmsprop)(0.1)),
+        (
+            optax.rmsprop(0.1, momentum=0.9, centered=True, eps=0.1),
+            optax.inject_hyperparams(rmsprop)(0.1, momentum=0.9, centered=True, eps=0.1),
+        ),
+        (
+            optax.rmsprop(lambda count: 0.1 / (1 + count)),
+            optax.inject_hyperparams(rmsprop)(lambda count: 0.1 / (1 + count)),
+        ),
+    ):
+        with jax.numpy_dtype_promotion("standard"):
+            got, _ = run(ours, [grads, 2 * grads], grads)
+            want, _ = run(theirs, [grads, 2 * grads], grads)
+        np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+def test_integer_arrays_are_numbers_that_do_not_overflow():
+    """Of a count near its largest: 3 * 2^30 is no int32."""
+    g = jnp.ones(2)
+    for array, number in (
+        (dialects.keras_legacy(decay=jnp.int32(3)), dialects.keras_legacy(decay=3.0)),
+        (
+            dialects.timm(
+                jnp.int32(50_000),
+                weight_decay=jnp.int32(50_000),
+                decoupled_decay=True,
+                corrected_weight_decay=True,
+                initial_lr=1.0,
+            ),
+            dialects.timm(
+                50_000.0,
+                weight_decay=50_000.0,
+                decoupled_decay=True,
+                corrected_weight_decay=True,
+                initial_lr=1.0,
+            ),
+        ),
+        (rmsprop(jnp.int32(2), jnp.int32(0), momentum=jnp.int32(1)), rmsprop(2, 0, momentum=1)),
+    ):
+        states = [tx.init(g)._replace(count=jnp.int32(2**30)) for tx in (array, number)]
+        got, want = (tx.update(g, s, g)[0] for tx, s in zip((array, number), states, strict=True))
+        np.testing.assert_array_equal(got, want)

@@ -11,7 +11,7 @@ import pytest
 
 from helpers import assert_same, side_by_side
 from rmsprop_jax import rmsprop
-from rmsprop_jax._storage import split
+from rmsprop_jax._storage import slots_of
 from storages import (
     FULL,
     GRADS,
@@ -334,7 +334,7 @@ def test_abstract_and_empty_trees_and_leaves(storage):
         assert all(leaf.size for leaf in jax.tree.leaves(state))  # Orbax stores no empty arrays
     for shape in ((0, 32), (4, 0)):
         updates, state = tx.update(jnp.ones(shape), tx.init(jnp.ones(shape)), jnp.ones(shape))
-        assert updates.shape == split(state.nu).shape == split(state.trace).shape == shape
+        assert updates.shape == slots_of(state.nu).shape == slots_of(state.trace).shape == shape
 
 
 @each_storage
