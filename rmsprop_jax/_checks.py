@@ -72,7 +72,7 @@ def flag(name: str, value: Any) -> bool:
 
 def is_trained(path: Any, param: Any) -> bool:
     """Whether a parameter has real or complex values to move; integers, bools and keys have not."""
-    if _form(param).kind is not None:
+    if _type(param).kind is not None:
         return True
     dtype = getattr(param, "dtype", None)
     kinds = (jnp.integer, np.bool_, jax.dtypes.extended)
@@ -115,7 +115,7 @@ class Gradients(NamedTuple):
     """The leaves of a tree of gradients, what they are, and the tree."""
 
     leaves: list[Any]
-    forms: list["_Form | None"]
+    types: list["_Type | None"]
     structure: Any
     tree: Any
 
@@ -125,8 +125,13 @@ def gradients(tree: Any) -> Gradients:
     leaves: list[Any]
     structure: Any
     leaves, structure = jax.tree.flatten(tree, is_leaf=_is_none)
-    forms = [None if g is None else _form(g) for g in leaves]
-    return Gradients(leaves, forms, structure, tree)
+    types = [None if g is None else _type(g) for g in leaves]
+    return Gradients(leaves, types, structure, tree)
+
+
+def without_float0(tree: Any) -> Any:
+    """A tree of gradients with None where JAX gives float0, as for an integer parameter."""
+    return jax.tree.map(lambda g: None if _type(g).dtype == jax.dtypes.float0 else g, tree)
 
 
 def counterparts(
@@ -157,8 +162,8 @@ def counterparts(
         )
     misfits = [
         i
-        for i, (form, other) in enumerate(zip(grads.forms, leaves, strict=True))
-        if form is not None and not _fits(form, _form(other), real, dtypes)
+        for i, (grad, other) in enumerate(zip(grads.types, leaves, strict=True))
+        if grad is not None and not _belongs(grad, _type(other), real, dtypes)
     ]
     if misfits:
         names = _names(grads.tree)
@@ -185,8 +190,8 @@ def same_kinds(grads: Gradients, params: Any) -> None:
     leaves, structure = jax.tree.flatten(params, is_leaf=_is_none)
     if structure != grads.structure:
         return
-    kinds = [None if form is None else form.kind for form in grads.forms]
-    others = [_form(leaf).kind for leaf in leaves]
+    kinds = [None if grad is None else grad.kind for grad in grads.types]
+    others = [_type(leaf).kind for leaf in leaves]
     misfits = [
         i for i, pair in enumerate(zip(kinds, others, strict=True)) if len({*pair, None}) > 2
     ]
@@ -232,7 +237,7 @@ def _node(value: Any) -> str:
     return f"a {type(value).__name__} of {[leaf_name(key) for key, _ in keys]}"
 
 
-class _Form(NamedTuple):
+class _Type(NamedTuple):
     """Of a leaf: its shape, float or complex, and the dtype of its real numbers.
 
     None for what it has not.
@@ -243,15 +248,15 @@ class _Form(NamedTuple):
     dtype: Any
 
 
-def _form(leaf: Any) -> _Form:
+def _type(leaf: Any) -> _Type:
     if hasattr(leaf, "dtype"):
-        return _Form(leaf.shape, *_kind(leaf.dtype))
+        return _Type(leaf.shape, *_kind(leaf.dtype))
     if isinstance(leaf, float | complex):
-        return _Form((), type(leaf), jnp.dtype(float))
-    return _Form(None, None, None)
+        return _Type((), type(leaf), jnp.dtype(float))
+    return _Type(None, None, None)
 
 
-def _fits(grad: _Form, other: _Form, real: bool, dtypes: Collection[Any] | None) -> bool:
+def _belongs(grad: _Type, other: _Type, real: bool, dtypes: Collection[Any] | None) -> bool:
     if grad.dtype == jax.dtypes.float0:
         return other.kind is None
     if grad.kind is None or other.kind is None or grad.shape != other.shape:

@@ -44,8 +44,9 @@ def rmsprop(
         eps_in_sqrt=False       u = learning_rate g / (sqrt(s) + eps)
         momentum                b <- momentum b + u, then x <- x - b
         nesterov                x <- x - (u + momentum b)
-        cautious                the step acts only where it has the sign of g, and is divided by
-                                the share of the leaf where it has
+        cautious                the step acts only where it has the sign of learning_rate g, and
+                                is divided by the share of the leaf where it has, or by 1e-3 if
+                                that is less
         lr_in_momentum=False    u and b are without the learning rate: x <- x - learning_rate b
         decoupled_weight_decay  x <- x - learning_rate weight_decay x beside the step, instead of
                                 adding to g
@@ -88,8 +89,8 @@ def rmsprop(
       weight_decay: number of at least 0, in units of gradient / parameter; of 1 / learning_rate
         if decoupled. None for no decay. ``update`` then needs the parameters.
       decoupled_weight_decay: whether the decay bypasses s and b; needs weight_decay.
-      cautious: whether to drop the coordinates in which the step has not the gradient's sign;
-        needs momentum.
+      cautious: whether to drop the coordinates in which the step has not the sign that the
+        gradient and the learning rate give it; needs momentum. The others grow by at most 1000.
       maximize: whether to climb. Unlike with a negative learning rate, weight decay still pulls
         towards 0.
       split_complex: whether complex parameters count as pairs of real ones (PyTorch) or by their
@@ -100,20 +101,25 @@ def rmsprop(
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``. Its state is an :class:`RMSPropState`.
-      ``init`` takes a tree of floating or complex arrays; the state is placed like them.
+      ``init`` takes a tree of floating or complex arrays; the state is placed like them. Leaves
+      of integers, bools and random keys have None in the place of a state.
       ``update`` takes gradients of the same structure and shapes, of any floating dtype
       (complex for complex parameters), and gives updates in the gradients' dtypes, for
       ``optax.apply_updates``. A gradient of None gives the update None, which that function does
-      not take, and leaves its state.
+      not take, and leaves its state. So does float0, which JAX gives for integers.
+      Transformations of equal arguments are equal, as are their copies and pickles; arrays and
+      schedules in them are equal if they are the same object.
       Complex gradients are, as everywhere in Optax, those that point uphill: the conjugates of
       what ``jax.grad`` gives.
 
     Raises:
-      TypeError: if an argument is of the wrong type, a parameter neither floating nor complex,
-        or the state another transformation's.
+      TypeError: if an argument is of the wrong type, a parameter no array and no number, or the
+        state another transformation's.
       ValueError: if a number is out of range, an argument lacks what it needs, the state was
         made with other arguments, or the parameters are missing.
-      AssertionError: if chex finds a gradient, or a parameter, that does not fit the state.
+      AssertionError: by chex, from ``update``, if a gradient does not fit the state, or a
+        parameter the gradient, in structure, shape, dtype or by being complex. It names the leaf,
+        or the place in the tree, and what both are. ``chex.disable_asserts`` turns this off.
 
     Example:
       >>> import jax

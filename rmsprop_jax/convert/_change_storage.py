@@ -63,7 +63,7 @@ def _changed(state: RMSPropState, template: RMSPropState) -> RMSPropState:
 def _moved(old: Any, new: Any) -> Any:
     """What one field holds, in the form of another."""
     structures: list[Any] = [jax.tree.structure(field) for field in (old, new)]
-    if structures[0] == structures[1] and jax.tree.map(_form, old) == jax.tree.map(_form, new):
+    if structures[0] == structures[1] and jax.tree.map(_type, old) == jax.tree.map(_type, new):
         return jax.tree.map(place, new, old)
     sources: Any = jax.tree.flatten(slots_of(old), is_leaf=is_packed)
     targets: Any = jax.tree.flatten(slots_of(new), is_leaf=is_packed)
@@ -78,5 +78,5 @@ def _moved(old: Any, new: Any) -> Any:
     return with_slots(new, jax.tree.unflatten(targets[1], slots))
 
 
-def _form(array: jax.Array) -> tuple[Any, ...]:
+def _type(array: jax.Array) -> tuple[Any, ...]:
     return array.shape, array.dtype

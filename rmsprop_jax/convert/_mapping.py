@@ -128,7 +128,9 @@ def take(array: np.ndarray, leaf: Leaf, shape: tuple[int, ...], what: str) -> np
     return found
 
 
-def put(values: Mapping[str, np.ndarray], leaves: Mapping[str, Leaf]) -> dict[Name, np.ndarray]:
+def assembled(
+    values: Mapping[str, np.ndarray], leaves: Mapping[str, Leaf]
+) -> dict[Name, np.ndarray]:
     """The arrays of another framework, made of the values of all leaves: the inverse of take."""
     parts: dict[Name, dict[int, np.ndarray]] = {}
     along: dict[Name, tuple[int, int]] = {}

@@ -11,8 +11,8 @@ from rmsprop_jax.convert._arrays import array
 from rmsprop_jax.convert._mapping import (
     LeafMapping,
     Name,
+    assembled,
     by_path,
-    put,
     refuse_unmapped,
     resolve,
     take,
@@ -85,4 +85,4 @@ def params_to(params: Any, mapping: LeafMapping) -> dict[Name, np.ndarray]:
         path: values[path] / len(leaf.names()) if leaf.also else values[path]
         for path, leaf in leaves.items()
     }
-    return put(shares, leaves)
+    return assembled(shares, leaves)

@@ -17,8 +17,8 @@ from rmsprop_jax.convert._mapping import (
     Leaf,
     LeafMapping,
     Name,
+    assembled,
     by_path,
-    put,
     refuse_unmapped,
     resolve,
     take,
@@ -146,7 +146,7 @@ def to_theirs(
     if unexpected := sorted(set(slots["nu"]) - set(leaves)):
         raise ValueError(f"state keeps {unexpected}, which params has not")
     whole = {
-        field: put(values, {path: leaves[path] for path in values})
+        field: assembled(values, {path: leaves[path] for path in values})
         for field, values in slots.items()
     }
     entries = {

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import numpy as np
 
 from rmsprop_jax._storage import Joined, Slot, is_packed
-from rmsprop_jax.low_memory._blocks import block_of, fits
+from rmsprop_jax.low_memory._blocks import block_of, divides_shards
 from rmsprop_jax.low_memory._eight_bit import EightBit, per_block
 
 _LARGE = 4096  # numbers of which a byte each would count
@@ -112,4 +112,4 @@ def _exponents(slot: Slot, block: int) -> jax.Array:
     if math.prod(slot.shape) < _LARGE:
         return per_block(slot, 1, 0)
     block = block_of(slot.shape[-1], block)
-    return per_block(slot, block if fits(slot, block) else 1, 0)
+    return per_block(slot, block if divides_shards(slot, block) else 1, 0)

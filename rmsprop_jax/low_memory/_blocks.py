@@ -28,14 +28,14 @@ def view_of(shape: tuple[int, ...], block: int) -> tuple[int, ...]:
     return (*shape[:-1], shape[-1] // block, block // window, window)
 
 
-def fits(param: Any, block: int) -> bool:
+def divides_shards(param: Any, block: int) -> bool:
     """Whether blocks divide the shards of an array, as far as its sharding is known."""
     return _shard(param) % block == 0
 
 
 def check_shards(param: Any, block: int, asked: int, path: str) -> None:
     """Refuses blocks that do not fit, and says which do."""
-    if fits(param, block):
+    if divides_shards(param, block):
         return
     n, shard = param.shape[-1], _shard(param)
     # Between these, more or less makes no other blocks.

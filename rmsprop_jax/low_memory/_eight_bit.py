@@ -102,7 +102,7 @@ def accumulate_eight_bit(
 ) -> tuple[jax.Array, EightBit]:
     """The product decay * slot, and the slot with term, where it is finite, added to it."""
     view = _view(slot)
-    powers, scales = _split(decay * slot.scales)
+    powers, scales = _power_and_scale(decay * slot.scales)
     power, scale = powers[slot.leaf], scales[slot.leaf]
     a, term = power * _numbers(slot), term.reshape(view)
     if bound is not None:
@@ -152,7 +152,7 @@ def _octaves(codes: jax.Array) -> int:
     return 15 if codes.dtype == jnp.int8 else 31
 
 
-def _split(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _power_and_scale(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """A power of two and a number in [1, 2) whose product is x; 0 and 1 for 0."""
     bits = _bits(x)
     return _float(bits & 0x7F800000), _float(bits & 0x007FFFFF | 0x3F800000)
@@ -161,7 +161,7 @@ def _split(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 @jax.jit
 def _constant(value: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The code, exponent and scale of a value that is not negative."""
-    power, scale = _split(value)
+    power, scale = _power_and_scale(value)
     exponent = jnp.clip(_bits(power) >> 23, 32, 254)
     first = _STEPS * (exponent - 31)
     code = jnp.clip((_bits(power) >> _CUT) - first, jnp.minimum(_bits(power), 1), 255)

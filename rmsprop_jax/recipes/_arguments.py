@@ -47,6 +47,7 @@ class Clipped(NamedTuple):
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, tuple[optax.EmptyState, Any]]:
+        updates = jax.tree.map(jnp.asarray, _checks.without_float0(updates))
         wide = jax.tree.map(lambda g: g.astype(np.promote_types(g.dtype, np.float32)), updates)
         small, _ = optax.clip_by_global_norm(self.max_norm).update(wide, state[0])
         updates = jax.tree.map(lambda s, g: s.astype(g.dtype), small, updates)

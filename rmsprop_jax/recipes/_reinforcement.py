@@ -165,6 +165,7 @@ def torchbeast(
       x <- x - learning_rate g / (sqrt(s) + eps)
       from s = 0
       with learning_rate a schedule, decay 0.99, eps 0.01
+      and 1 other transformation before it, not described
 
     Source: facebookresearch/torchbeast, torchbeast/monobeast.py and polybeast_learner.py.
     """
@@ -207,6 +208,7 @@ def a2c(
       x <- x - learning_rate g / sqrt(s + eps)
       from s = 1
       with learning_rate a schedule, decay 0.99, eps 1e-05
+      and 1 other transformation before it, not described
 
     Stable-Baselines3 has other defaults: PyTorch's rule and a constant learning rate. With its
     ``RMSpropTFLike`` it is ``dialects.stable_baselines3(7e-4, eps=1e-5)``.

@@ -36,14 +36,14 @@ def check_state_shardings(state: Any, params: Any, shardings: Any) -> None:
     """Refuses shardings that do not divide what belongs to their parameters."""
     wanted = jax.tree.leaves(shardings)
     for (path, param), sharding in zip(tree_leaves_with_path(params), wanted, strict=True):
-        if not _fits(sharding, np.shape(param)):
+        if not _divides(sharding, np.shape(param)):
             raise ValueError(
                 f"parameter {leaf_name(path)!r} has the shape {np.shape(param)}, which "
                 f"{sharding.spec} does not divide on a mesh of {dict(sharding.mesh.shape)}"
             )
     paths = [path for path, _ in tree_leaves_with_path(params)]
     for array, owner in zip(jax.tree.leaves(state), owners(state, params), strict=True):
-        if owner is not None and not _fits(wanted[owner], array.shape):
+        if owner is not None and not _divides(wanted[owner], array.shape):
             raise ValueError(
                 f"the state of parameter {leaf_name(paths[owner])!r} has one number a block, of "
                 f"shape {array.shape}, which {wanted[owner].spec} does not divide on a mesh of "
@@ -52,7 +52,7 @@ def check_state_shardings(state: Any, params: Any, shardings: Any) -> None:
             )
 
 
-def split_over(axes: Sequence[str], params: Any, shardings: Any, state: Any = None) -> Any:
+def partition_over(axes: Sequence[str], params: Any, shardings: Any, state: Any = None) -> Any:
     """The shardings of parameters with more axes of the mesh, where they divide a shard.
 
     That is along the first axis of a parameter, and of all that belongs to it in state, whose
@@ -67,7 +67,7 @@ def split_over(axes: Sequence[str], params: Any, shardings: Any, state: Any = No
     return jax.tree.unflatten(structure, split)
 
 
-def axis_to_split(shapes: Sequence[Sequence[int]], n: int) -> int | None:
+def axis_to_partition(shapes: Sequence[Sequence[int]], n: int) -> int | None:
     """The first axis along which all of some shapes divide in n parts, if those are several."""
     if n == 1 or any(0 in shape for shape in shapes):
         return None
@@ -77,12 +77,12 @@ def axis_to_split(shapes: Sequence[Sequence[int]], n: int) -> int | None:
     return None
 
 
-def put(tree: Any, shardings: Any) -> Any:
+def placed(tree: Any, shardings: Any) -> Any:
     """The arrays of a tree where they are to be; None stays, and where None is said, all stay."""
-    return jax.tree.map(_put, shardings, tree, is_leaf=lambda sharding: sharding is None)
+    return jax.tree.map(_placed, shardings, tree, is_leaf=lambda sharding: sharding is None)
 
 
-def _put(sharding: NamedSharding | None, x: Any) -> Any:
+def _placed(sharding: NamedSharding | None, x: Any) -> Any:
     if x is None or sharding is None:
         return x
     if not isinstance(x, jax.core.Tracer):
@@ -99,11 +99,11 @@ def _with_axes(
     spec = [_names(entry) for entry in sharding.spec]
     spec += [()] * (ndim - len(spec))
     if any(name in axes for names in spec for name in names) or not all(
-        _fits(sharding, shape) for shape in shapes
+        _divides(sharding, shape) for shape in shapes
     ):
         return sharding
     shards = [sharding.shard_shape(shape) for shape in shapes]
-    axis = axis_to_split(shards, math.prod(sizes[name] for name in axes))
+    axis = axis_to_partition(shards, math.prod(sizes[name] for name in axes))
     if axis is None:
         return sharding
     spec[axis] = (*spec[axis], *axes)
@@ -113,7 +113,7 @@ def _with_axes(
     return sharding.update(spec=PartitionSpec(*entries))
 
 
-def _fits(sharding: NamedSharding, shape: Sequence[int]) -> bool:
+def _divides(sharding: NamedSharding, shape: Sequence[int]) -> bool:
     """Whether a sharding has no more axes than a shape, and all shards are of one size."""
     parts = [math.prod(sharding.mesh.shape[n] for n in _names(entry)) for entry in sharding.spec]
     return len(parts) <= len(shape) and all(

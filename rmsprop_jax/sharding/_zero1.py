@@ -7,6 +7,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import optax
 
+from rmsprop_jax._checks import without_float0
 from rmsprop_jax._transformation import ask, is_asked, transformation
 from rmsprop_jax.sharding._arguments import (
     Partition,
@@ -18,10 +19,10 @@ from rmsprop_jax.sharding._arguments import (
 )
 from rmsprop_jax.sharding._placement import (
     check_state_shardings,
-    put,
+    partition_over,
+    placed,
     shardings_of_params,
     shardings_of_state,
-    split_over,
 )
 
 AxisName = str | tuple[str, ...]
@@ -43,10 +44,10 @@ class Zero1(Partition):
         inside, shapes = ask(self.tx.init, params)
         check_inside(inside)
         parts = self.parts(params, shapes)
-        state = self.tx.init(put(params, parts))
+        state = self.tx.init(placed(params, parts))
         check_state_shardings(state, params, parts)
         wanted = shardings_of_state(state, params, parts, self.everywhere)
-        return put(state, wanted)
+        return placed(state, wanted)
 
     def update(
         self,
@@ -55,22 +56,23 @@ class Zero1(Partition):
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:
+        updates = without_float0(updates)
         like = updates if params is None else params
         parts = self.parts(like, state)
         if params is not None:
-            params = put(params, parts)
-        updates = put(updates, parts)
+            params = placed(params, parts)
+        updates = placed(updates, parts)
         updates, state = self.tx.update(updates, state, params, **extra_args)
         # Where a gradient of None is all that is left of a parameter, its state belongs to none.
         left_out = any(leaf is None for leaf in jax.tree.leaves(like, is_leaf=lambda x: x is None))
         others = None if left_out else self.everywhere
-        state = put(state, shardings_of_state(state, like, parts, others))
-        return put(updates, shardings_of_params(self.shardings, updates)), state
+        state = placed(state, shardings_of_state(state, like, parts, others))
+        return placed(updates, shardings_of_params(self.shardings, updates)), state
 
     def parts(self, params: Any, state: Any) -> Any:
         """The shardings of the parts of the parameters, of which each device has the state."""
         whole = shardings_of_params(self.shardings, params)
-        return split_over(self.axes, params, whole, state)
+        return partition_over(self.axes, params, whole, state)
 
 
 def zero1(

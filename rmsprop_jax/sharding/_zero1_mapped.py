@@ -9,12 +9,13 @@ from jax import lax
 import jax.numpy as jnp
 import optax
 
+from rmsprop_jax._checks import without_float0
 from rmsprop_jax._rule import some_rules
 from rmsprop_jax._transformation import Part, ask, is_asked, stand_in, transformation
 from rmsprop_jax.sharding._arguments import Partition, axes_of, check_inside, checked
 from rmsprop_jax.sharding._placement import (
-    axis_to_split,
-    split_over,
+    axis_to_partition,
+    partition_over,
 )
 from rmsprop_jax.sharding._zero1 import AxisName
 
@@ -63,7 +64,8 @@ class Zero1Mapped(Partition):
                 "jax.grad sums the gradients of replicated parameters over the devices before "
                 "zero1_mapped takes their mean"
             )
-        whole, params = updates, jax.tree.map(self._mine, params)
+        updates = whole = without_float0(updates)
+        params = jax.tree.map(self._mine, params)
         updates = jax.tree.map(self._mean, updates)
         if not self.is_checked:
             self.check(ask(self.tx.init, updates if params is None else params)[0])
@@ -72,14 +74,14 @@ class Zero1Mapped(Partition):
 
     def parts(self, params: Any, shardings: Any) -> Any:
         """The shardings of the parts of the parameters, of which each device has the state."""
-        return split_over(self.axes, params, shardings)
+        return partition_over(self.axes, params, shardings)
 
-    def _split(self, x: Any) -> int | None:
-        return axis_to_split([jnp.shape(x)], lax.axis_size(self.axes))
+    def _axis(self, x: Any) -> int | None:
+        return axis_to_partition([jnp.shape(x)], lax.axis_size(self.axes))
 
     def _mine(self, x: Any) -> Any:
         """The part of a parameter that is this device's."""
-        axis = self._split(x)
+        axis = self._axis(x)
         if axis is None:
             return x
         size = x.shape[axis] // lax.axis_size(self.axes)
@@ -87,7 +89,7 @@ class Zero1Mapped(Partition):
 
     def _mean(self, g: Any) -> Any:
         """The part that is this device's of the mean of a gradient over all."""
-        axis, n = self._split(g), lax.axis_size(self.axes)
+        axis, n = self._axis(g), lax.axis_size(self.axes)
         if n == 1:  # XLA does not see for itself that nothing is to be done
             return g
         if axis is None:
@@ -96,7 +98,7 @@ class Zero1Mapped(Partition):
 
     def _gathered(self, u: Any, whole: Any) -> Any:
         """An update, from the parts of all devices."""
-        axis = self._split(whole)
+        axis = self._axis(whole)
         return u if axis is None else lax.all_gather(u, self.axes, axis=axis, tiled=True)
 
 

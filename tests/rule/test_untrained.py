@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from helpers import assert_same, mesh_of
-from rmsprop_jax import convert, dialects, low_memory, rmsprop, sharding
+from rmsprop_jax import convert, dialects, low_memory, recipes, rmsprop, sharding
 from storages import FULL, GRADS, PARAMS, each_storage
 
 UNTRAINED = {
@@ -83,13 +83,27 @@ def test_float0_counts_as_no_gradient():
         return jnp.sum(params["w"] ** 2)
 
     grads = jax.grad(loss, allow_int=True)(params)
-    for form in ({}, FULL):
-        tx = rmsprop(0.1, **form)
+    mesh = mesh_of(4)
+    for tx in (
+        rmsprop(0.1),
+        rmsprop(0.1, **FULL),
+        recipes.torchbeast(100, max_norm=0.1),
+        sharding.zero1(rmsprop(0.1), mesh, "x"),
+    ):
         updates, state = tx.update(grads, tx.init(params), params)
         want, _ = tx.update(grads | {"table": None}, tx.init(params), params)
         assert_same(updates, want)
         assert updates["table"] is None
-        assert state.nu["table"] is None
+        assert optax.tree.get(state, "nu")["table"] is None
+    tx = sharding.zero1_mapped(rmsprop(0.1), "x")
+
+    def train(params):
+        grads = jax.grad(loss, allow_int=True)(params)
+        return tx.update(grads, tx.init(params), params)[0]
+
+    copies = jax.tree.map(lambda p: jnp.stack([p] * 4), params)
+    updates = jax.pmap(train, axis_name="x", devices=mesh.devices.flat)(copies)
+    assert_same(updates["w"][0], rmsprop(0.1).update(grads, rmsprop(0.1).init(params))[0]["w"])
 
 
 def test_a_gradient_that_arrives_is_refused():
