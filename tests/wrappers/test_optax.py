@@ -245,3 +245,14 @@ def test_extra_arguments_are_ignored():
     want = tx.update(GRADS[0], state)
     assert_moved(want)
     assert_same(tx.update(GRADS[0], state, PARAMS, value=1.0, grad_fn=None), want)
+
+
+def test_the_state_is_found_by_its_name():
+    """Where its count is not the only one, as under inject_hyperparams."""
+    state = optax.inject_hyperparams(rmsprop)(0.1).init(PARAMS)
+    with pytest.raises(KeyError, match="multiple values for 'count'"):
+        optax.tree.get(state, "count")
+    with pytest.raises(KeyError, match="multiple values for 'count'"):  # as everywhere in Optax
+        optax.tree.get(optax.inject_hyperparams(optax.adam)(0.1).init(PARAMS), "count")
+    assert optax.tree.get(state, "RMSPropState").count == 0
+    assert len(optax.tree.get_all_with_path(state, "count")) == 2
