@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
-from jax.tree_util import tree_flatten_with_path
+from jax.tree_util import KeyPath, tree_flatten_with_path
 import numpy as np
+import optax
 
 from rmsprop_jax._storage import Joined, is_packed
+from rmsprop_jax._types import PyTree
 
 LARGEST = float(np.finfo(np.float32).max)
 
@@ -70,7 +72,7 @@ def flag(name: str, value: Any) -> bool:
     return bool(value)
 
 
-def is_trained(path: Any, param: Any) -> bool:
+def is_trained(path: KeyPath, param: Any) -> bool:
     """Whether a parameter has real or complex values to move; integers, bools and keys have not."""
     if _type(param).kind is not None:
         return True
@@ -117,10 +119,10 @@ class Gradients(NamedTuple):
     leaves: list[Any]
     types: list["_Type | None"]
     structure: Any
-    tree: Any
+    tree: PyTree
 
 
-def gradients(tree: Any) -> Gradients:
+def gradients(tree: PyTree) -> Gradients:
     """The gradients of a step; None is one."""
     leaves: list[Any]
     structure: Any
@@ -129,7 +131,7 @@ def gradients(tree: Any) -> Gradients:
     return Gradients(leaves, types, structure, tree)
 
 
-def without_float0(tree: Any) -> Any:
+def without_float0(tree: PyTree) -> PyTree:
     """A tree of gradients with None where JAX gives float0, as for an integer parameter."""
     return jax.tree.map(lambda g: None if _type(g).dtype == jax.dtypes.float0 else g, tree)
 
@@ -137,7 +139,7 @@ def without_float0(tree: Any) -> Any:
 def counterparts(
     grads: Gradients,
     name: str,
-    tree: Any,
+    tree: PyTree,
     *,
     real: bool = False,
     dtypes: Collection[Any] | None = None,
@@ -180,7 +182,7 @@ def counterparts(
     return leaves
 
 
-def same_kinds(grads: Gradients, params: Any) -> None:
+def same_kinds(grads: Gradients, params: optax.Params) -> None:
     """Refuses, by chex, complex gradients of real parameters, and the reverse.
 
     Parameters of which nothing else is needed may be of another tree.
@@ -208,7 +210,7 @@ def _assert_equal(got: dict[str, str], wanted: dict[str, str], name: str) -> Non
     )
 
 
-def _difference(grads: Any, tree: Any, name: str) -> str:
+def _difference(grads: optax.Updates, tree: PyTree, name: str) -> str:
     """Where, and in what, the structure of gradients is not that of a tree."""
     got, wanted = set(_names(grads)), set(_names(tree))
     if got != wanted:
@@ -218,7 +220,7 @@ def _difference(grads: Any, tree: Any, name: str) -> str:
     return f"{place} the gradients have {_node(ours)}, {name} has {_node(theirs)}"
 
 
-def _first_difference(path: Any, a: Any, b: Any) -> tuple[Any, Any, Any]:
+def _first_difference(path: KeyPath, a: Any, b: Any) -> tuple[Any, Any, Any]:
     """The path to the first nodes of two trees that are not alike, and these."""
     inside = [tree_flatten_with_path(x, is_leaf=lambda y, x=x: y is not x)[0] for x in (a, b)]
     if type(a) is type(b) and [key for key, _ in inside[0]] == [key for key, _ in inside[1]]:
@@ -295,7 +297,7 @@ def _describe(leaf: Any) -> str:
     return f"{leaf.dtype}{list(leaf.shape)}"
 
 
-def _names(tree: Any) -> list[str]:
+def _names(tree: PyTree) -> list[str]:
     paths, _ = tree_flatten_with_path(tree, is_leaf=_is_none)
     return [leaf_name(path) for path, _ in paths]
 
@@ -303,7 +305,7 @@ def _names(tree: Any) -> list[str]:
 _WRAPPED = jax.tree_util.GetAttrKey("value")
 
 
-def leaf_name(path: Any) -> str:
+def leaf_name(path: KeyPath) -> str:
     """A leaf's place in its tree, as "layer/kernel"; "" for a tree that is one leaf.
 
     What Flax NNX wraps an array in is not part of it.

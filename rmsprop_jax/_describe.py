@@ -71,7 +71,7 @@ def describe(tx: optax.GradientTransformation, params: optax.Params | None = Non
     return "\n\n".join(dict.fromkeys(paragraphs))
 
 
-def _others(state: Any, before: int = 0, after: int = 0) -> Iterator[str]:
+def _others(state: optax.OptState, before: int = 0, after: int = 0) -> Iterator[str]:
     """Of each of our states in another: how many other links its chain has, in words."""
     if is_ours(state):
         counts = [(n, where) for n, where in ((before, "before"), (after, "after")) if n]

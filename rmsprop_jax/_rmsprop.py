@@ -3,9 +3,10 @@
 import optax
 
 from rmsprop_jax import _checks, _equations
-from rmsprop_jax._rule import Rule, Scalar, ScalarOrSchedule
+from rmsprop_jax._rule import Rule
 from rmsprop_jax._storage import FLOAT32, Storage
 from rmsprop_jax._transformation import transformation
+from rmsprop_jax._types import Scalar, ScalarOrSchedule
 
 
 def rmsprop(

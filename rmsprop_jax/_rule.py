@@ -10,14 +10,13 @@ import zlib
 import jax
 from jax import export
 import jax.numpy as jnp
+from jax.tree_util import KeyPath
 import numpy as np
 import optax
 
 from rmsprop_jax import _checks, _equations, _transformation
 from rmsprop_jax._storage import Slot, is_packed, slots_of, with_slots
-
-Scalar = float | jax.Array
-ScalarOrSchedule = Scalar | Callable[[jax.Array], Any]
+from rmsprop_jax._types import PyTree, Scalar
 
 
 @functools.partial(
@@ -54,9 +53,9 @@ class RMSPropState(NamedTuple):
     """
 
     count: jax.Array  # type: ignore[assignment] # hides tuple's method, as Optax's states do
-    nu: Any
-    mu: Any
-    trace: Any
+    nu: PyTree
+    mu: PyTree
+    trace: PyTree
     weight_sum: jax.Array | None
 
 
@@ -84,7 +83,7 @@ class Rule(NamedTuple):
         def held(field: str, value: Scalar) -> Any:
             real = field == "nu" and not self.variant.split_complex
 
-            def slot(path: Any, param: Any) -> Slot | None:
+            def slot(path: KeyPath, param: Any) -> Slot | None:
                 if not _checks.is_trained(path, param):
                     return None
                 name = _checks.leaf_name(path)
@@ -204,13 +203,15 @@ def rules_in(parts: Sequence[_transformation.Part]) -> list[Rule]:
     return [part for part in parts if isinstance(part, Rule)]
 
 
-def rules_of(tx: Any, params: Any) -> list[Rule]:
+def rules_of(tx: optax.GradientTransformation, params: optax.Params) -> list[Rule]:
     """The rules that tx follows for some parameters, at least one."""
     init = getattr(tx, "init", None)
     return some_rules(tx, _transformation.ask(init, params)[0] if callable(init) else [])
 
 
-def some_rules(tx: Any, parts: Sequence[_transformation.Part]) -> list[Rule]:
+def some_rules(
+    tx: optax.GradientTransformation, parts: Sequence[_transformation.Part]
+) -> list[Rule]:
     """The rules among the parts of tx, at least one."""
     rules = rules_in(parts)
     if not rules:

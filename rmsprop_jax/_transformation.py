@@ -16,22 +16,24 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from rmsprop_jax._types import PyTree
+
 Init = Callable[[optax.Params], optax.OptState]
 
 
 class Part(Protocol):
     """The two functions of a transformation as methods; a pytree with all that they depend on."""
 
-    def init(self, params: optax.Params) -> Any:
+    def init(self, params: optax.Params) -> optax.OptState:
         """The state before the first step."""
 
     def update(
         self,
         updates: optax.Updates,
-        state: Any,
+        state: optax.OptState,
         params: optax.Params | None = None,
         **extra_args: Any,
-    ) -> tuple[optax.Updates, Any]:
+    ) -> tuple[optax.Updates, optax.OptState]:
         """The updates of a step, and the state after it."""
 
 
@@ -56,16 +58,16 @@ class Transformation(optax.GradientTransformationExtraArgs):  # type: ignore[mis
 def transformation(part: Part) -> Transformation:
     """The transformation of a part. Equal parts have the same functions, as long as these live."""
 
-    def init(params: optax.Params) -> Any:
+    def init(params: optax.Params) -> optax.OptState:
         _report(part)
         return part.init(params)
 
     def update(
         updates: optax.Updates,
-        state: Any,
+        state: optax.OptState,
         params: optax.Params | None = None,
         **extra_args: Any,
-    ) -> tuple[optax.Updates, Any]:
+    ) -> tuple[optax.Updates, optax.OptState]:
         _report(part)
         return part.update(updates, state, params, **extra_args)
 
@@ -147,7 +149,7 @@ def reports() -> Iterator[list[Part]]:
         _REPORTS.reset(token)
 
 
-def ask(init: Init, params: optax.Params) -> tuple[list[Part], Any]:
+def ask(init: Init, params: optax.Params) -> tuple[list[Part], PyTree]:
     """The parts that init calls, and the shapes and dtypes of its state.
 
     Nothing is computed. What is known only when it is, stands as a ``jax.ShapeDtypeStruct`` in a
@@ -155,7 +157,7 @@ def ask(init: Init, params: optax.Params) -> tuple[list[Part], Any]:
     """
     found: list[Part] = []
 
-    def traced(params: optax.Params) -> Any:
+    def traced(params: optax.Params) -> optax.OptState:
         with reports() as parts:
             state = init(params)
         found.extend(jax.tree.map(_without_trace, part) for part in parts)
@@ -169,13 +171,13 @@ def ask(init: Init, params: optax.Params) -> tuple[list[Part], Any]:
     return found, state
 
 
-def stand_in(init: Init) -> Any:
+def stand_in(init: Init) -> PyTree:
     """In the place of parameters, the tree for which init calls most parts; None if it takes none.
 
     With a tree of masks or labels a wrapper may take no other parameters than those like it.
     """
-    found: dict[int, Any] = {}
-    trees: list[Any] = [_placeholder(), {}, jax.ShapeDtypeStruct((1,), jnp.float32)]
+    found: dict[int, PyTree] = {}
+    trees: list[PyTree] = [_placeholder(), {}, jax.ShapeDtypeStruct((1,), jnp.float32)]
     for tree in trees:
         with contextlib.suppress(Exception):  # whatever a wrapper raises for want of its own tree
             found.setdefault(len(ask(init, tree)[0]), tree)
@@ -183,11 +185,11 @@ def stand_in(init: Init) -> Any:
 
 
 @functools.cache
-def _placeholder() -> Any:
+def _placeholder() -> PyTree:
     """What Optax itself gives to an init of unknown parameters; its wrappers know it."""
-    found: list[Any] = []
+    found: list[PyTree] = []
 
-    def init(params: Any) -> tuple[()]:
+    def init(params: optax.Params) -> tuple[()]:
         found.append(params)
         return ()
 

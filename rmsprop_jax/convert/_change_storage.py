@@ -3,13 +3,16 @@
 from typing import Any
 
 import jax
+import optax
 
 from rmsprop_jax._rule import RMSPropState, is_ours, rules_of
 from rmsprop_jax._storage import is_packed, slots_of, with_slots
 from rmsprop_jax.convert._state import place
 
 
-def change_storage(state: Any, params: Any, tx: Any) -> Any:
+def change_storage(
+    state: optax.OptState, params: optax.Params, tx: optax.GradientTransformation
+) -> optax.OptState:
     """The state with which a transformation goes on where one of another ``storage`` stopped.
 
     From fewer bits to more, and between float32 and float64, values are what they were. To

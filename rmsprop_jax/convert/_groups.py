@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import optax
+
 from rmsprop_jax import dialects
 from rmsprop_jax._rule import Rule, rules_in
 from rmsprop_jax._transformation import ask
@@ -58,7 +60,7 @@ def timm_rule(group: Group) -> Rule:
     return _rule(dialects.timm(**timm_options(group)))
 
 
-def _rule(tx: Any) -> Rule:
+def _rule(tx: optax.GradientTransformation) -> Rule:
     (rule,) = rules_in(ask(tx.init, {})[0])
     return rule
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import optax
 
 from rmsprop_jax._rule import rules_of
 from rmsprop_jax.convert._arrays import array
@@ -15,12 +16,12 @@ _KERAS = {"nu": "velocity", "trace": "momentum", "mu": "average_gradient"}  # in
 
 def from_keras(
     variables: Sequence[Any] | Mapping[str, Any],
-    params: Any,
+    params: optax.Params,
     mapping: LeafMapping,
-    tx: Any,
+    tx: optax.GradientTransformation,
     *,
     names: Sequence[str] | None = None,
-) -> Any:
+) -> optax.OptState:
     """The state with which a transformation goes on where ``keras.optimizers.RMSprop`` stopped.
 
     Keras keeps, in this order: the number of steps; the learning rate, unless it is a schedule;
@@ -86,10 +87,10 @@ def from_keras(
 
 
 def to_keras(
-    state: Any,
-    params: Any,
+    state: optax.OptState,
+    params: optax.Params,
     mapping: LeafMapping,
-    tx: Any,
+    tx: optax.GradientTransformation,
     *,
     learning_rate: float | None = None,
     names: Sequence[str] | None = None,
@@ -131,7 +132,7 @@ def to_keras(
     ]
 
 
-def _fields(tx: Any, params: Any) -> list[str]:
+def _fields(tx: optax.GradientTransformation, params: optax.Params) -> list[str]:
     """Which slots tx has. Keras has one optimizer for all variables."""
     has = {
         (rule.hyper.momentum is not None, rule.variant.centered) for rule in rules_of(tx, params)

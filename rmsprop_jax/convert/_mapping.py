@@ -6,9 +6,11 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
 
 from rmsprop_jax._checks import is_trained, leaf_name
 from rmsprop_jax._storage import is_packed
+from rmsprop_jax._types import PyTree
 
 Name = str | int
 
@@ -45,7 +47,7 @@ LeafMapping = Mapping[str, Leaf | Name]
 _WHOLE = (0, 1, 0)  # as a part
 
 
-def by_path(tree: Any) -> dict[str, Any]:
+def by_path(tree: PyTree) -> dict[str, Any]:
     """The leaves of a tree, or its slots, by their path, as in "layer/kernel"."""
     leaves: dict[str, Any] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_packed):
@@ -55,7 +57,7 @@ def by_path(tree: Any) -> dict[str, Any]:
     return leaves
 
 
-def with_state(mapping: LeafMapping, params: Any) -> tuple[LeafMapping, Any]:
+def with_state(mapping: LeafMapping, params: optax.Params) -> tuple[LeafMapping, PyTree]:
     """What of both has a state: no integers."""
     paths = jax.tree_util.tree_leaves_with_path(params)
     left_out = {leaf_name(path) for path, leaf in paths if not is_trained(path, leaf)}
@@ -65,7 +67,7 @@ def with_state(mapping: LeafMapping, params: Any) -> tuple[LeafMapping, Any]:
     return {path: leaf for path, leaf in mapping.items() if path not in left_out}, params
 
 
-def resolve(mapping: LeafMapping, params: Any) -> dict[str, Leaf]:
+def resolve(mapping: LeafMapping, params: optax.Params) -> dict[str, Leaf]:
     """The mapping with every value a Leaf, which must name each leaf of params, and no other.
 
     And it must use each of the framework's arrays wholly, and once.

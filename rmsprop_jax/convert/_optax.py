@@ -4,8 +4,9 @@ import functools
 from typing import Any
 
 import jax
-from jax.tree_util import tree_map_with_path
+from jax.tree_util import KeyPath, tree_map_with_path
 import numpy as np
+import optax
 
 from rmsprop_jax._checks import leaf_name
 from rmsprop_jax.convert._mapping import Leaf, Name, by_path, take, with_state
@@ -22,7 +23,13 @@ _STATES = {
 }
 
 
-def from_optax(opt_state: Any, params: Any, tx: Any, *, steps: int | None = None) -> Any:
+def from_optax(
+    opt_state: optax.OptState,
+    params: optax.Params,
+    tx: optax.GradientTransformation,
+    *,
+    steps: int | None = None,
+) -> optax.OptState:
     """The state with which a transformation goes on where ``optax.rmsprop`` stopped.
 
     s is ``nu``, less ``mu`` squared if centered; b is ``trace`` with its sign changed, since
@@ -79,7 +86,12 @@ def from_optax(opt_state: Any, params: Any, tx: Any, *, steps: int | None = None
     return to_ours(foreign, params, mapping, tx)
 
 
-def to_optax(state: Any, params: Any, tx: Any, like: Any) -> Any:
+def to_optax(
+    state: optax.OptState,
+    params: optax.Params,
+    tx: optax.GradientTransformation,
+    like: optax.OptState,
+) -> optax.OptState:
     """The state with which ``optax.rmsprop`` goes on: :func:`from_optax` undone.
 
     Args:
@@ -110,7 +122,7 @@ def to_optax(state: Any, params: Any, tx: Any, like: Any) -> Any:
     foreign = to_theirs(state, params, mapping, tx, lr_in_momentum=True)
     has = {field: _has(foreign, field) for field in ("nu", "mu", "trace")}
 
-    def slot(field: str, path: Any, old: Any) -> Any:
+    def slot(field: str, path: KeyPath, old: Any) -> Any:
         where = leaf_name(path)
         if where in untrained:
             return old
@@ -151,7 +163,7 @@ def _has(foreign: Foreign, field: str) -> bool:
     return any(entry and getattr(entry, field) is not None for entry in foreign.entries.values())
 
 
-def _weight_sum(tx: Any, params: Any, steps: int) -> float | None:
+def _weight_sum(tx: optax.GradientTransformation, params: optax.Params, steps: int) -> float | None:
     """1 - decay^steps, by which Optax divides in every step, and we in the state."""
     found = [rule.hyper.decay for rule in rules_at(tx, tx.init(params), params)]
     decays = {None if callable(decay) else float(decay) for decay in found}

@@ -4,9 +4,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+from jax.tree_util import KeyPath
 import numpy as np
+import optax
 
 from rmsprop_jax._checks import leaf_name
+from rmsprop_jax._types import PyTree
 from rmsprop_jax.convert._arrays import array
 from rmsprop_jax.convert._mapping import (
     LeafMapping,
@@ -20,7 +23,7 @@ from rmsprop_jax.convert._mapping import (
 from rmsprop_jax.convert._state import place
 
 
-def params_from(arrays: Mapping[Name, Any], params: Any, mapping: LeafMapping) -> Any:
+def params_from(arrays: Mapping[Name, Any], params: optax.Params, mapping: LeafMapping) -> PyTree:
     """A tree of parameters with another framework's values.
 
     Args:
@@ -48,7 +51,7 @@ def params_from(arrays: Mapping[Name, Any], params: Any, mapping: LeafMapping) -
     leaves = resolve(mapping, params)
     refuse_unmapped(arrays, leaves)
 
-    def fill(path: Any, old: Any) -> Any:
+    def fill(path: KeyPath, old: Any) -> Any:
         leaf = leaves[leaf_name(path)]
         found = [
             take(array(arrays[name]), leaf, np.shape(old), f"{name!r}") for name in leaf.names()
@@ -58,7 +61,7 @@ def params_from(arrays: Mapping[Name, Any], params: Any, mapping: LeafMapping) -
     return jax.tree_util.tree_map_with_path(fill, params)
 
 
-def params_to(params: Any, mapping: LeafMapping) -> dict[Name, np.ndarray]:
+def params_to(params: optax.Params, mapping: LeafMapping) -> dict[Name, np.ndarray]:
     """The arrays of another framework with our parameters' values: :func:`params_from` undone.
 
     Args:

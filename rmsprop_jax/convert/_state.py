@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import tree_map_with_path
+from jax.tree_util import KeyPath, tree_map_with_path
 import numpy as np
+import optax
 
 from rmsprop_jax._checks import leaf_name
 from rmsprop_jax._rule import RMSPropState, Rule, is_ours, rules_in, rules_of
@@ -58,7 +59,9 @@ class Foreign(NamedTuple):
     idle_momentum: bool = False
 
 
-def to_ours(foreign: Foreign, params: Any, mapping: LeafMapping, tx: Any) -> Any:
+def to_ours(
+    foreign: Foreign, params: optax.Params, mapping: LeafMapping, tx: optax.GradientTransformation
+) -> optax.OptState:
     """The state of tx after init, with what the framework remembers in every RMSPropState."""
     rules_of(tx, params)
     start = tx.init(params)
@@ -67,11 +70,11 @@ def to_ours(foreign: Foreign, params: Any, mapping: LeafMapping, tx: Any) -> Any
     scale = _scale(foreign, tx, start, params)
     filled: set[str] = set()
 
-    def fill(state: Any) -> Any:
+    def fill(state: optax.OptState) -> optax.OptState:
         if not isinstance(state, RMSPropState):
             return state
 
-        def slot(field: str, path: Any, old: Slot) -> Slot:
+        def slot(field: str, path: KeyPath, old: Slot) -> Slot:
             where = leaf_name(path)
             if where not in leaves:
                 raise ValueError(f"tx keeps its state in another form than params: at {where!r}")
@@ -111,7 +114,12 @@ def to_ours(foreign: Foreign, params: Any, mapping: LeafMapping, tx: Any) -> Any
 
 
 def to_theirs(
-    state: Any, params: Any, mapping: LeafMapping, tx: Any, *, lr_in_momentum: bool
+    state: optax.OptState,
+    params: optax.Params,
+    mapping: LeafMapping,
+    tx: optax.GradientTransformation,
+    *,
+    lr_in_momentum: bool,
 ) -> Foreign:
     """What a framework would remember, of a state of tx. Its entries are whole arrays."""
     leaves = resolve(*with_state(mapping, params))
@@ -175,7 +183,9 @@ def _slot(field: str, entry: Entry, leaf: Leaf, old: Slot, w: float) -> np.ndarr
     return _by_parts(lambda part: np.maximum(part, zero), s)
 
 
-def _scale(foreign: Foreign, tx: Any, state: Any, params: Any) -> float:
+def _scale(
+    foreign: Foreign, tx: optax.GradientTransformation, state: optax.OptState, params: optax.Params
+) -> float:
     """The number that turns the buffers of the framework into those of tx.
 
     It is the learning rate of the step after count others, where one has it in the buffer and the
@@ -201,7 +211,9 @@ def _scale(foreign: Foreign, tx: Any, state: Any, params: Any) -> float:
     return 1 / rate if foreign.lr_in_momentum else rate
 
 
-def rules_at(tx: Any, state: Any, params: Any) -> list[Rule]:
+def rules_at(
+    tx: optax.GradientTransformation, state: optax.OptState, params: optax.Params
+) -> list[Rule]:
     """The rules of tx, with the numbers of the step after a state, if a state has some of them."""
     rules = rules_of(tx, params)
     if not any(isinstance(h, jax.ShapeDtypeStruct) for rule in rules for h in rule.hyper):

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import optax
 
 from rmsprop_jax.convert._arrays import array
 from rmsprop_jax.convert._mapping import LeafMapping, Name
@@ -15,8 +16,13 @@ _SLOTS = {"nu": "rms", "mu": "mg", "trace": "momentum"}  # in TensorFlow's order
 
 
 def from_tensorflow_v1(
-    slots: Slots, params: Any, mapping: LeafMapping, tx: Any, *, steps: int = 0
-) -> Any:
+    slots: Slots,
+    params: optax.Params,
+    mapping: LeafMapping,
+    tx: optax.GradientTransformation,
+    *,
+    steps: int = 0,
+) -> optax.OptState:
     """The state with which a transformation goes on where TensorFlow 1 stopped.
 
     s is the slot ``rms``, less ``mg`` squared if centered; b is ``momentum``, which has the
@@ -68,7 +74,10 @@ def from_tensorflow_v1(
 
 
 def to_tensorflow_v1(
-    state: Any, params: Any, mapping: LeafMapping, tx: Any
+    state: optax.OptState,
+    params: optax.Params,
+    mapping: LeafMapping,
+    tx: optax.GradientTransformation,
 ) -> dict[str, dict[Name, np.ndarray]]:
     """The slots with which TensorFlow 1 goes on: :func:`from_tensorflow_v1` undone.
 

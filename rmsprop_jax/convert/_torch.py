@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import optax
 
 from rmsprop_jax._rule import Rule, rules_of
 from rmsprop_jax.convert._arrays import array
@@ -24,13 +25,13 @@ _SLOTS = {"nu": "square_avg", "mu": "grad_avg", "trace": "momentum_buffer"}
 
 def from_pytorch(
     state_dict: StateDict,
-    params: Any,
+    params: optax.Params,
     mapping: LeafMapping,
-    tx: Any,
+    tx: optax.GradientTransformation,
     *,
     names: Sequence[str] | None = None,
     strict: bool = True,
-) -> Any:
+) -> optax.OptState:
     """The state with which a transformation goes on where ``torch.optim.RMSprop`` stopped.
 
     s is ``square_avg``, less ``grad_avg`` squared if centered; b is ``momentum_buffer``, which has
@@ -76,10 +77,10 @@ def from_pytorch(
 
 
 def to_pytorch(
-    state: Any,
-    params: Any,
+    state: optax.OptState,
+    params: optax.Params,
     mapping: LeafMapping,
-    tx: Any,
+    tx: optax.GradientTransformation,
     *,
     param_groups: Sequence[Group],
     names: Sequence[str] | None = None,
@@ -119,13 +120,13 @@ def to_pytorch(
 
 def from_timm(
     state_dict: StateDict,
-    params: Any,
+    params: optax.Params,
     mapping: LeafMapping,
-    tx: Any,
+    tx: optax.GradientTransformation,
     *,
     names: Sequence[str] | None = None,
     strict: bool = True,
-) -> Any:
+) -> optax.OptState:
     """:func:`from_pytorch` for timm's ``RMSpropTF``, whose buffer may hold the learning rate.
 
     Args, Returns, Raises: as :func:`from_pytorch`; tx is ``dialects.timm(...)`` as a rule.
@@ -134,10 +135,10 @@ def from_timm(
 
 
 def to_timm(
-    state: Any,
-    params: Any,
+    state: optax.OptState,
+    params: optax.Params,
     mapping: LeafMapping,
-    tx: Any,
+    tx: optax.GradientTransformation,
     *,
     param_groups: Sequence[Group],
     names: Sequence[str] | None = None,
@@ -153,13 +154,13 @@ def to_timm(
 
 def _from(
     state_dict: StateDict,
-    params: Any,
+    params: optax.Params,
     mapping: LeafMapping,
-    tx: Any,
+    tx: optax.GradientTransformation,
     names: Sequence[str] | None,
     strict: bool,
     rule_of: Callable[[Group], Rule],
-) -> Any:
+) -> optax.OptState:
     for key in ("state", "param_groups"):
         if not isinstance(state_dict, Mapping) or key not in state_dict:
             raise ValueError(f"state_dict has no {key!r}: it is not an optimizer's state_dict()")
@@ -182,10 +183,10 @@ def _from(
 
 
 def _to(
-    state: Any,
-    params: Any,
+    state: optax.OptState,
+    params: optax.Params,
     mapping: LeafMapping,
-    tx: Any,
+    tx: optax.GradientTransformation,
     groups: Sequence[Group],
     names: Sequence[str] | None,
     tensor: Callable[[np.ndarray], Any],

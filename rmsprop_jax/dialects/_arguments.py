@@ -1,10 +1,14 @@
 """What all dialects do with their arguments."""
 
+from collections.abc import Callable
 import numbers
 from typing import Any
 
+import jax
+
 from rmsprop_jax import _checks
 from rmsprop_jax._rule import Schedule
+from rmsprop_jax._types import ScalarOrSchedule
 
 
 def checked(**arguments: Any) -> list[Any]:
@@ -21,7 +25,7 @@ def unless_0(value: Any) -> Any:
     return None if is_number and value == 0 else value
 
 
-def at(value: Any, count: Any) -> Any:
+def at(value: ScalarOrSchedule, count: jax.Array) -> Any:
     """The value of a number, array or schedule after count steps."""
     return value(count) if callable(value) else value
 
@@ -36,5 +40,5 @@ def _checked(name: str, value: Any) -> Any:
     return Schedule(_checked_at, (name, value)) if callable(value) else _checks.number(name, value)
 
 
-def _checked_at(count: Any, name: str, schedule: Any) -> Any:
+def _checked_at(count: jax.Array, name: str, schedule: Callable[[jax.Array], Any]) -> Any:
     return _checks.number(name, schedule(count), schedule=False)

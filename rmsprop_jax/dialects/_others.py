@@ -3,8 +3,8 @@
 import optax
 
 from rmsprop_jax._rmsprop import rmsprop
-from rmsprop_jax._rule import ScalarOrSchedule
 from rmsprop_jax._storage import Storage
+from rmsprop_jax._types import ScalarOrSchedule
 from rmsprop_jax.dialects._arguments import checked, refuse_int, unless_0
 
 

@@ -8,8 +8,9 @@ import optax
 
 from rmsprop_jax import _checks
 from rmsprop_jax._rmsprop import rmsprop
-from rmsprop_jax._rule import ScalarOrSchedule, Schedule
+from rmsprop_jax._rule import Schedule
 from rmsprop_jax._storage import Storage
+from rmsprop_jax._types import Scalar, ScalarOrSchedule
 from rmsprop_jax.dialects._arguments import at, checked, refuse_int, unless_0
 
 
@@ -267,5 +268,5 @@ def sonnet(
     )
 
 
-def _inverse_time(count: jax.Array, learning_rate: Any, decay: Any) -> Any:
+def _inverse_time(count: jax.Array, learning_rate: ScalarOrSchedule, decay: Scalar) -> Any:
     return at(learning_rate, count) / (1 + decay * count)

@@ -7,8 +7,9 @@ import optax
 
 from rmsprop_jax import _checks
 from rmsprop_jax._rmsprop import rmsprop
-from rmsprop_jax._rule import Scalar, ScalarOrSchedule, Schedule
+from rmsprop_jax._rule import Schedule
 from rmsprop_jax._storage import Storage
+from rmsprop_jax._types import Scalar, ScalarOrSchedule
 from rmsprop_jax.dialects._arguments import at, checked, unless_0
 
 
@@ -229,7 +230,7 @@ def stable_baselines3(
     )
 
 
-def _peak(lr: Any, initial_lr: Any) -> Any:
+def _peak(lr: ScalarOrSchedule, initial_lr: Scalar | None) -> Any:
     """The lr of timm's constructor; None if it is not known."""
     name, peak = ("lr", lr) if initial_lr is None else ("initial_lr", initial_lr)
     if isinstance(peak, float) and peak <= 0:
@@ -237,7 +238,9 @@ def _peak(lr: Any, initial_lr: Any) -> Any:
     return peak if name == "initial_lr" or isinstance(lr, float) else None
 
 
-def _corrected(weight_decay: Any, lr: Any, peak: Any) -> Schedule:
+def _corrected(
+    weight_decay: ScalarOrSchedule, lr: ScalarOrSchedule, peak: Scalar | None
+) -> Schedule:
     if peak is None:
         raise ValueError(
             "corrected_weight_decay=True needs initial_lr, the lr that timm is constructed with, "
@@ -246,5 +249,7 @@ def _corrected(weight_decay: Any, lr: Any, peak: Any) -> Schedule:
     return Schedule(_corrected_at, (weight_decay, lr, peak))
 
 
-def _corrected_at(count: jax.Array, weight_decay: Any, lr: Any, peak: Any) -> Any:
+def _corrected_at(
+    count: jax.Array, weight_decay: ScalarOrSchedule, lr: ScalarOrSchedule, peak: Scalar
+) -> Any:
     return at(weight_decay, count) * (at(lr, count) / peak)

@@ -10,6 +10,7 @@ import optax
 from rmsprop_jax import _checks
 from rmsprop_jax._rule import Schedule
 from rmsprop_jax._transformation import transformation
+from rmsprop_jax._types import Scalar
 
 
 def number(name: str, value: Any) -> Any:
@@ -37,16 +38,16 @@ class Clipped(NamedTuple):
     max_norm: float
     tx: optax.GradientTransformationExtraArgs
 
-    def init(self, params: optax.Params) -> tuple[optax.EmptyState, Any]:
+    def init(self, params: optax.Params) -> tuple[optax.EmptyState, optax.OptState]:
         return optax.EmptyState(), self.tx.init(params)
 
     def update(
         self,
         updates: optax.Updates,
-        state: tuple[optax.EmptyState, Any],
+        state: tuple[optax.EmptyState, optax.OptState],
         params: optax.Params | None = None,
         **extra_args: Any,
-    ) -> tuple[optax.Updates, tuple[optax.EmptyState, Any]]:
+    ) -> tuple[optax.Updates, tuple[optax.EmptyState, optax.OptState]]:
         updates = jax.tree.map(jnp.asarray, _checks.without_float0(updates))
         wide = jax.tree.map(lambda g: g.astype(np.promote_types(g.dtype, np.float32)), updates)
         small, _ = optax.clip_by_global_norm(self.max_norm).update(wide, state[0])
@@ -62,12 +63,12 @@ def clipped(
     return tx if max_norm is None else transformation(Clipped(above_0("max_norm", max_norm), tx))
 
 
-def stairs(learning_rate: Any, steps: float, factor: float) -> Schedule:
+def stairs(learning_rate: Scalar, steps: float, factor: float) -> Schedule:
     """A learning rate that is multiplied by a factor every so many steps."""
     return Schedule(_stairs_at, (learning_rate, steps, factor))
 
 
-def _stairs_at(count: jax.Array, learning_rate: Any, steps: float, factor: float) -> Any:
+def _stairs_at(count: jax.Array, learning_rate: Scalar, steps: float, factor: float) -> Any:
     if steps.is_integer():
         done = count // min(int(steps), 2**31 - 1)
     else:

@@ -2,8 +2,8 @@
 
 import optax
 
-from rmsprop_jax._rule import Scalar
 from rmsprop_jax._storage import Storage
+from rmsprop_jax._types import Scalar
 from rmsprop_jax.dialects import pytorch
 from rmsprop_jax.recipes._arguments import above_0, number, stairs
 

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import optax
 
 from rmsprop_jax._rmsprop import rmsprop
-from rmsprop_jax._rule import Scalar, Schedule
+from rmsprop_jax._rule import Schedule
 from rmsprop_jax._storage import Storage
+from rmsprop_jax._types import Scalar
 from rmsprop_jax.dialects import pytorch, tensorflow_v1
 from rmsprop_jax.recipes._arguments import above_0, clipped, number
 

@@ -1,14 +1,13 @@
 """Image models trained in TensorFlow 1: Inception, MobileNetV2 and V3, EfficientNet."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import optax
 
 from rmsprop_jax._rmsprop import rmsprop
-from rmsprop_jax._rule import Scalar, Schedule
+from rmsprop_jax._rule import Schedule
 from rmsprop_jax._storage import Storage
+from rmsprop_jax._types import PyTree, Scalar
 from rmsprop_jax.recipes._arguments import above_0, clipped, number, stairs
 
 
@@ -19,7 +18,7 @@ def inception(
     momentum: Scalar = 0.9,
     max_norm: float | None = None,
     weight_decay: Scalar = 4e-5,
-    mask: Any = None,
+    mask: PyTree = None,
     storage: Storage | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Inception v3 and v4: TensorFlow 1's rule, decay 0.9, eps 1; x 0.94 every two epochs.
@@ -68,7 +67,7 @@ def mobilenet_v2(
     *,
     epochs_per_decay: float = 1.0,
     weight_decay: Scalar = 4e-5,
-    mask: Any = None,
+    mask: PyTree = None,
     storage: Storage | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """MobileNetV2: TensorFlow 1's rule, decay and momentum 0.9, eps 1; x 0.98 every epoch.
@@ -116,7 +115,7 @@ def mobilenet_v3(
     *,
     warmup_epochs: float = 0.0,
     weight_decay: Scalar = 1e-5,
-    mask: Any = None,
+    mask: PyTree = None,
     storage: Storage | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """MobileNetV3: TensorFlow 1's rule, decay and momentum 0.9, eps 0.002; x 0.99 every 3 epochs.
@@ -167,7 +166,7 @@ def efficientnet(
     *,
     warmup_epochs: float = 5.0,
     weight_decay: Scalar = 1e-5,
-    mask: Any = None,
+    mask: PyTree = None,
     storage: Storage | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """EfficientNet and MnasNet: TensorFlow 1's rule, decay and momentum 0.9, eps 0.001.
@@ -232,7 +231,7 @@ def _tensorflow(
     momentum: Scalar,
     eps: float,
     weight_decay: Scalar,
-    mask: Any,
+    mask: PyTree,
     storage: Storage | None,
     max_norm: float | None = None,
 ) -> optax.GradientTransformationExtraArgs:

@@ -8,22 +8,23 @@ from jax.sharding import NamedSharding, PartitionSpec
 import optax
 
 from rmsprop_jax._transformation import Part, Transformation, ask, stand_in
+from rmsprop_jax._types import PyTree
 
 
 class Partition:
     """What gives each device a part of the state of tx: zero1 and zero1_mapped."""
 
-    tx: Any
+    tx: optax.GradientTransformation
     axes: tuple[str, ...]
 
 
-def partition_of(tx: Any) -> Partition | None:
+def partition_of(tx: optax.GradientTransformation) -> Partition | None:
     """What tx is made by, if that is zero1 or zero1_mapped."""
     part = tx.part if isinstance(tx, Transformation) else None
     return part if isinstance(part, Partition) else None
 
 
-def checked(tx: Any) -> Any:
+def checked(tx: optax.GradientTransformation) -> optax.GradientTransformation:
     """tx, with an update that takes any extra arguments; none that is partitioned already."""
     if not callable(getattr(tx, "init", None)) or not callable(getattr(tx, "update", None)):
         raise TypeError(f"tx must be a gradient transformation, got {tx!r}")
@@ -59,7 +60,7 @@ def check_axes(name: str, axes: Sequence[str], mesh: Any) -> None:
         )
 
 
-def check_shardings(shardings: Any) -> None:
+def check_shardings(shardings: PyTree) -> None:
     """Refuses a tree with other leaves than NamedShardings that say where all is."""
     for sharding in jax.tree.leaves(shardings):
         if not isinstance(sharding, NamedSharding):

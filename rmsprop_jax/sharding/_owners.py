@@ -6,12 +6,13 @@ from typing import Any
 import jax
 from jax.tree_util import tree_leaves_with_path
 import numpy as np
+import optax
 
 from rmsprop_jax._rule import is_ours
 from rmsprop_jax._storage import Joined, is_packed
 
 
-def owners(state: Any, params: Any) -> list[int | None]:
+def owners(state: optax.OptState, params: optax.Params) -> list[int | None]:
     """For each array of a state, the number of the parameter that it belongs to.
 
     It has the parameter's path, in the states of other transformations behind that of wrappers and
@@ -31,7 +32,7 @@ def owners(state: Any, params: Any) -> list[int | None]:
     return [owner(*found) for found in _arrays(state)]
 
 
-def _arrays(state: Any) -> Iterator[tuple[Any, Sequence[Any], bool]]:
+def _arrays(state: optax.OptState) -> Iterator[tuple[Any, Sequence[Any], bool]]:
     """The arrays of a state, the paths that their parameter may have, and if they are Joined."""
     for path, node in tree_leaves_with_path(state, is_leaf=is_ours):
         if not is_ours(node):

@@ -8,21 +8,23 @@ import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.tree_util import tree_leaves_with_path
 import numpy as np
+import optax
 
 from rmsprop_jax._checks import leaf_name
+from rmsprop_jax._types import PyTree
 from rmsprop_jax.sharding._arguments import check_shardings
 from rmsprop_jax.sharding._owners import owners
 
 
-def shardings_of_params(shardings: Any, params: Any) -> Any:
+def shardings_of_params(shardings: PyTree, params: optax.Params) -> PyTree:
     """One sharding for each parameter, from a prefix of the tree of them."""
     check_shardings(shardings)
     return jax.tree.broadcast(shardings, params)
 
 
 def shardings_of_state(
-    state: Any, params: Any, shardings: Any, others: NamedSharding | None
-) -> Any:
+    state: optax.OptState, params: optax.Params, shardings: PyTree, others: NamedSharding | None
+) -> PyTree:
     """One sharding for each array of a state: that of its parameter, or the others'.
 
     Of state and params only the structure and shapes count.
@@ -32,7 +34,7 @@ def shardings_of_state(
     return jax.tree.unflatten(jax.tree.structure(state), found)
 
 
-def check_state_shardings(state: Any, params: Any, shardings: Any) -> None:
+def check_state_shardings(state: optax.OptState, params: optax.Params, shardings: PyTree) -> None:
     """Refuses shardings that do not divide what belongs to their parameters."""
     wanted = jax.tree.leaves(shardings)
     for (path, param), sharding in zip(tree_leaves_with_path(params), wanted, strict=True):
@@ -52,7 +54,9 @@ def check_state_shardings(state: Any, params: Any, shardings: Any) -> None:
             )
 
 
-def partition_over(axes: Sequence[str], params: Any, shardings: Any, state: Any = None) -> Any:
+def partition_over(
+    axes: Sequence[str], params: optax.Params, shardings: PyTree, state: optax.OptState = None
+) -> PyTree:
     """The shardings of parameters with more axes of the mesh, where they divide a shard.
 
     That is along the first axis of a parameter, and of all that belongs to it in state, whose
@@ -77,12 +81,12 @@ def axis_to_partition(shapes: Sequence[Sequence[int]], n: int) -> int | None:
     return None
 
 
-def placed(tree: Any, shardings: Any) -> Any:
+def placed(tree: PyTree, shardings: PyTree) -> PyTree:
     """The arrays of a tree where they are to be; None stays, and where None is said, all stay."""
     return jax.tree.map(_placed, shardings, tree, is_leaf=lambda sharding: sharding is None)
 
 
-def _placed(sharding: NamedSharding | None, x: Any) -> Any:
+def _placed(sharding: NamedSharding | None, x: Any) -> PyTree:
     if x is None or sharding is None:
         return x
     if not isinstance(x, jax.core.Tracer):

@@ -5,8 +5,10 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
+import optax
 
 from rmsprop_jax._transformation import ask
+from rmsprop_jax._types import PyTree
 from rmsprop_jax.sharding._arguments import check_axes, check_inside, checked, partition_of
 from rmsprop_jax.sharding._placement import (
     check_state_shardings,
@@ -17,7 +19,13 @@ from rmsprop_jax.sharding._zero1 import Zero1
 from rmsprop_jax.sharding._zero1_mapped import Zero1Mapped
 
 
-def state_sharding(tx: Any, params: Any, shardings: Any, *, memory_kind: str | None = None) -> Any:
+def state_sharding(
+    tx: optax.GradientTransformation,
+    params: optax.Params,
+    shardings: PyTree,
+    *,
+    memory_kind: str | None = None,
+) -> PyTree:
     """A sharding for each array of a state: its parameter's, if it belongs to one.
 
     For ``jax.jit(tx.init, out_shardings=...)``, ``jax.device_put``, the specs of ``jax.shard_map``

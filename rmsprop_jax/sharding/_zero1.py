@@ -9,6 +9,7 @@ import optax
 
 from rmsprop_jax._checks import without_float0
 from rmsprop_jax._transformation import ask, is_asked, transformation
+from rmsprop_jax._types import PyTree
 from rmsprop_jax.sharding._arguments import (
     Partition,
     axes_of,
@@ -33,12 +34,12 @@ AxisName = str | tuple[str, ...]
 class Zero1(Partition):
     """What is wrapped, and where; its methods are the two functions of a transformation."""
 
-    tx: Any
+    tx: optax.GradientTransformation
     axes: tuple[str, ...]
-    shardings: Any  # of the parameters, or a prefix of them
+    shardings: PyTree  # of the parameters, or a prefix of them
     everywhere: NamedSharding
 
-    def init(self, params: optax.Params) -> Any:
+    def init(self, params: optax.Params) -> optax.OptState:
         if is_asked():
             return self.tx.init(params)
         inside, shapes = ask(self.tx.init, params)
@@ -52,10 +53,10 @@ class Zero1(Partition):
     def update(
         self,
         updates: optax.Updates,
-        state: Any,
+        state: optax.OptState,
         params: optax.Params | None = None,
         **extra_args: Any,
-    ) -> tuple[optax.Updates, Any]:
+    ) -> tuple[optax.Updates, optax.OptState]:
         updates = without_float0(updates)
         like = updates if params is None else params
         parts = self.parts(like, state)
@@ -69,14 +70,14 @@ class Zero1(Partition):
         state = placed(state, shardings_of_state(state, like, parts, others))
         return placed(updates, shardings_of_params(self.shardings, updates)), state
 
-    def parts(self, params: Any, state: Any) -> Any:
+    def parts(self, params: optax.Params, state: optax.OptState) -> PyTree:
         """The shardings of the parts of the parameters, of which each device has the state."""
         whole = shardings_of_params(self.shardings, params)
         return partition_over(self.axes, params, whole, state)
 
 
 def zero1(
-    tx: Any, mesh: Mesh, axis: AxisName, shardings: Any = None
+    tx: optax.GradientTransformation, mesh: Mesh, axis: AxisName, shardings: PyTree = None
 ) -> optax.GradientTransformationExtraArgs:
     """The transformation with its state split over an axis of a mesh; parameters stay whole.
 

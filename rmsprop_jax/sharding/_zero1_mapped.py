@@ -12,6 +12,7 @@ import optax
 from rmsprop_jax._checks import without_float0
 from rmsprop_jax._rule import some_rules
 from rmsprop_jax._transformation import Part, ask, is_asked, stand_in, transformation
+from rmsprop_jax._types import PyTree
 from rmsprop_jax.sharding._arguments import Partition, axes_of, check_inside, checked
 from rmsprop_jax.sharding._placement import (
     axis_to_partition,
@@ -25,11 +26,11 @@ from rmsprop_jax.sharding._zero1 import AxisName
 class Zero1Mapped(Partition):
     """What is wrapped, and where; its methods are the two functions of a transformation."""
 
-    tx: Any
+    tx: optax.GradientTransformation
     axes: tuple[str, ...]
     is_checked: bool  # without parameters
 
-    def init(self, params: optax.Params) -> Any:
+    def init(self, params: optax.Params) -> optax.OptState:
         if is_asked():
             return self.tx.init(params)
         params = jax.tree.map(self._mine, params)
@@ -54,10 +55,10 @@ class Zero1Mapped(Partition):
     def update(
         self,
         updates: optax.Updates,
-        state: Any,
+        state: optax.OptState,
         params: optax.Params | None = None,
         **extra_args: Any,
-    ) -> tuple[optax.Updates, Any]:
+    ) -> tuple[optax.Updates, optax.OptState]:
         if _varying(lax.axis_index(self.axes)):
             raise ValueError(
                 "zero1_mapped needs jax.shard_map(..., check_vma=False): with check_vma=True, "
@@ -72,7 +73,7 @@ class Zero1Mapped(Partition):
         updates, state = self.tx.update(updates, state, params, **extra_args)
         return jax.tree.map(self._gathered, updates, whole), state
 
-    def parts(self, params: Any, shardings: Any) -> Any:
+    def parts(self, params: optax.Params, shardings: PyTree) -> PyTree:
         """The shardings of the parts of the parameters, of which each device has the state."""
         return partition_over(self.axes, params, shardings)
 
@@ -109,7 +110,9 @@ def _varying(x: Any) -> bool:
     return bool(getattr(typed, "vma", None) if manual is None else manual.varying)
 
 
-def zero1_mapped(tx: Any, axis_name: AxisName) -> optax.GradientTransformationExtraArgs:
+def zero1_mapped(
+    tx: optax.GradientTransformation, axis_name: AxisName
+) -> optax.GradientTransformationExtraArgs:
     """The transformation with its state split over the devices of a mapped axis.
 
     For use inside ``jax.pmap`` and ``jax.shard_map``, where each device has all parameters and the

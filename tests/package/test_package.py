@@ -69,6 +69,7 @@ rmsprop_jax.rmsprop(0.1).init(1.0)
 
 
 ORDER = [
+    "_types",
     "_arrays",
     "_storage",
     "_equations",
