@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: example example-airfoil test test-all test-oldest test-tpu test-gpu compare benchmark lint clean
+.PHONY: example example-airfoil test test-all test-oldest test-tpu test-gpu test-clients compare benchmark lint clean
 
 example: .venv/examples-installed
 	$(BIN)/python examples/simplenet.py --out out/simplenet.png
@@ -32,6 +32,10 @@ test-tpu: .venv-tpu/installed
 # The same for GPUs: jax's CUDA plugin and NVIDIA's assembler, without the libraries for running.
 test-gpu: .venv-gpu/installed
 	.venv-gpu/bin/python -m pytest --numprocesses=2 tests/devices/test_gpu.py
+
+# The programs of other libraries' users, with our RMSProp and with Optax's.
+test-clients: .venv-clients/installed
+	.venv-clients/bin/python -m pytest --numprocesses=2 tests/clients
 
 # Runs the frameworks themselves beside their recorded runs and our dialects.
 compare: .venv-compare/installed
@@ -78,6 +82,11 @@ clean:
 	version=$$(.venv-gpu/bin/python -c 'import jax; print(jax.__version__)'); \
 	.venv-gpu/bin/python -m pip install --quiet --no-deps \
 	  jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version 'nvidia-cuda-nvcc==13.*'
+	touch $@
+
+.venv-clients/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/python -m pip install --quiet --editable '.[clients]'
 	touch $@
 
 .venv-benchmark/installed: pyproject.toml
