@@ -45,11 +45,11 @@ class Joined(abc.ABC):
         """The names of what in it is no such tree."""
 
     @abc.abstractmethod
-    def split(self) -> Any:
+    def slots(self) -> Any:
         """The slots, in a tree like the parameters."""
 
     @abc.abstractmethod
-    def join(self, slots: Any) -> Any:
+    def with_slots(self, slots: Any) -> Any:
         """The field with other slots, of which some may be its own."""
 
 
@@ -60,12 +60,12 @@ def is_packed(value: Any) -> bool:
 
 def slots_of(field: Any) -> Any:
     """The slots of a field of the state, in a tree like the parameters."""
-    return field.split() if isinstance(field, Joined) else field
+    return field.slots() if isinstance(field, Joined) else field
 
 
 def with_slots(field: Any, slots: Any) -> Any:
     """A field of the state with other slots in the place of its own."""
-    return field.join(slots) if isinstance(field, Joined) else slots
+    return field.with_slots(slots) if isinstance(field, Joined) else slots
 
 
 class Draw(NamedTuple):

@@ -37,7 +37,7 @@ class Blocked(NamedTuple):
     def shared(self) -> Collection[str]:
         return ("scales",)
 
-    def split(self) -> Any:
+    def slots(self) -> Any:
         structure: Any
         leaves, structure = jax.tree.flatten(self.codes)
         exponents = structure.flatten_up_to(self.exponents)
@@ -48,7 +48,7 @@ class Blocked(NamedTuple):
             slots.append(code if plain else slot)
         return structure.unflatten(slots)
 
-    def join(self, slots: Any) -> "Blocked":
+    def with_slots(self, slots: Any) -> "Blocked":
         """The field with other slots: of each the scales are those of the field, or new.
 
         They are the field's where a leaf was left out of a step, and all new ones are the same.

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from rmsprop_jax._arrays import settled
-from rmsprop_jax._storage import FLOAT32, Draw, Slot, Storage, full_like
+from rmsprop_jax._storage import FLOAT32, Draw, Slot, Storage, full_like, is_packed
 from rmsprop_jax.low_memory._bfloat16 import accumulate_bfloat16
 from rmsprop_jax.low_memory._blocked import blocked
 from rmsprop_jax.low_memory._blocks import block_of, check_shards
-from rmsprop_jax.low_memory._eight_bit import EightBit, accumulate_eight_bit, eight_bit_like
+from rmsprop_jax.low_memory._eight_bit import accumulate_eight_bit, eight_bit_like
 from rmsprop_jax.low_memory._random import AxisName, random_key
 
 
@@ -68,16 +68,20 @@ class LowMemory(abc.ABC):
         draw: Draw | None = None,
     ) -> tuple[jax.Array, Slot]:
         assert draw is not None
-        if slot.dtype != jnp.bfloat16 and not isinstance(slot, EightBit):
+        accumulate = self._accumulator(slot)
+        if accumulate is None:
             kept = jnp.where(jnp.isfinite(term + draw.zero), term, 0)
             _, slot = FLOAT32.accumulate(slot, decay, kept, bound)
             return slot + (term - kept), slot
         zero = draw.step >> 31  # of a number that is never negative
         term = settled(term, zero)
-        accumulate = accumulate_eight_bit if isinstance(slot, EightBit) else accumulate_bfloat16
         key = random_key(self.seed, self.axis_name, draw)
         past, slot = accumulate(slot, decay, term + draw.zero, bound, key, zero)
         return past + term, slot
+
+    def _accumulator(self, slot: Slot) -> Callable[..., tuple[jax.Array, Slot]] | None:
+        """What advances a slot that is held in fewer bits; None for one that is not."""
+        return accumulate_bfloat16 if slot.dtype == jnp.bfloat16 else None
 
     def __repr__(self) -> str:
         names = [field.name for field in dataclasses.fields(self)]
@@ -110,6 +114,9 @@ class Q8(LowMemory):
         block = block_of(param.shape[-1], self.block)
         check_shards(param, block, self.block, path)
         return eight_bit_like(param, value, block, signed=field != "nu")
+
+    def _accumulator(self, slot: Slot) -> Callable[..., tuple[jax.Array, Slot]] | None:
+        return accumulate_eight_bit if is_packed(slot) else super()._accumulator(slot)
 
     @property
     def joins(self) -> Collection[str]:

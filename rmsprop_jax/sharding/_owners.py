@@ -51,7 +51,7 @@ _SLOTS = ("nu", "mu", "trace")
 
 def _joined(field: Any) -> Iterator[tuple[Any, Sequence[Any], bool]]:
     """Those of one field; what is there only to fill a place belongs to no parameter."""
-    slots = dict(tree_leaves_with_path(field.split(), is_leaf=is_packed))
+    slots = dict(tree_leaves_with_path(field.slots(), is_leaf=is_packed))
     for (part, *inner), array in tree_leaves_with_path(field):
         path = tuple(inner)
         used = part.name not in field.shared and (is_packed(slots[path]) or array is slots[path])

@@ -126,6 +126,8 @@ def test_a_copy_compiles_nothing():
             assert not traced
             copied.update(params, state)
         unpickled.update(params, state)
+        chain = cloudpickle.loads(cloudpickle.dumps(optax.chain(tx)))  # equal to none, as in Optax
+        chain.update(params, (state,))
         assert _equations.step._cache_size() == programs
 
 
