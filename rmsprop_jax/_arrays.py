@@ -1,11 +1,13 @@
 """Operations on one array that is real or complex."""
 
 from collections.abc import Callable
+import math
 from typing import Any
 
 import jax
 from jax import lax
 import jax.numpy as jnp
+import numpy as np
 
 
 def abs2(z: jax.Array) -> jax.Array:
@@ -41,20 +43,35 @@ def narrow(z: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return (clip(z, largest) if largest < float(jnp.finfo(z.dtype).max) else z).astype(dtype)
 
 
-@jax.custom_jvp
-def settled(x: jax.Array, zero: jax.Array) -> jax.Array:
+def unfused(x: jax.Array, zero: jax.Array) -> jax.Array:
     """The array x, where zero is an int32 scalar 0 of which the compiler does not know that.
 
-    So it cannot fuse the product x with a sum that follows, which would leave out a rounding: in
-    one program but not in another. It then has the same bits in both.
+    So it can fuse the product x with this difference, which leaves out no rounding, but not with a
+    sum that follows, which would: in one program but not in another. It then has the same bits in
+    both. (Less 0, and not plus: -0 stays -0.)
     """
-    integer = {4: jnp.int32, 8: jnp.int64}[x.dtype.itemsize]
-    bits = lax.bitcast_convert_type(x, integer) ^ zero.astype(integer)
-    return lax.bitcast_convert_type(bits, x.dtype)
+    return x - zero.astype(x.dtype)
 
 
-@settled.defjvp
-def _settled_jvp(
-    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, Any]
-) -> tuple[jax.Array, jax.Array]:
-    return settled(*primals), tangents[0]
+def share_of(flags: jax.Array, real: jnp.dtype) -> jax.Array:
+    """Which part of them is true; 0 of none."""
+
+    def mean(flags: jax.Array) -> jax.Array:
+        return jnp.sum(flags.astype(real)) / real.type(max(flags.size, 1))
+
+    return lax.platform_dependent(flags, cpu=lambda flags: _counted(flags, real), default=mean)
+
+
+def _counted(flags: jax.Array, real: jnp.dtype) -> jax.Array:
+    """The same. For a single sum XLA:CPU keeps all that is added, but not for two in one loop."""
+    true = flags.astype(jnp.int32)
+    # What int32 cannot count is added in floating point.
+    counted = [axis for axis in range(flags.ndim) if math.prod(flags.shape[axis:]) < 2**31]
+    counts = lax.reduce(
+        (true, 1 - true),
+        (np.int32(0), np.int32(0)),
+        lambda a, b: (a[0] + b[0], a[1] + b[1]),
+        counted,
+    )
+    yes, no = (jnp.sum(count.astype(real)) for count in counts)
+    return yes / lax.max(yes + no, real.type(1))

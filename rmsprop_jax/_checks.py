@@ -34,9 +34,7 @@ def number(
 ) -> Any:
     """value, as a float if it is a Python or NumPy number, which must lie within its bounds.
 
-    What a JAX array or a schedule will hold may not be known yet: those pass unread, arrays as
-    real ones of a floating dtype. ``optax.inject_hyperparams`` makes complex ones of all numbers
-    if a parameter is complex.
+    What a JAX array or a schedule will hold may not be known yet: those pass unread.
     """
     low, high = bounds or _BOUNDS.get(name, (-math.inf, math.inf))
     if schedule and callable(value):
@@ -44,20 +42,18 @@ def number(
     if isinstance(value, jax.Array | np.ndarray | np.generic):
         if value.shape != ():
             raise ValueError(f"{name} must be a scalar, got an array of shape {value.shape}")
-        if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jnp.complexfloating):
-            return value.real
-        if not any(jnp.issubdtype(value.dtype, kind) for kind in (jnp.floating, jnp.integer)):
+        kinds = (jnp.inexact if isinstance(value, jax.Array) else jnp.floating, jnp.integer)
+        if not any(jnp.issubdtype(value.dtype, kind) for kind in kinds):
             raise TypeError(f"{name} must be a real number, got dtype {value.dtype}")
         if isinstance(value, jax.Array):
-            is_float = jnp.issubdtype(value.dtype, jnp.floating)
-            return value if is_float else value.astype(float)
+            return value
         value = value.item()
     real = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not real:
-        kinds = "a number, a scalar array or a schedule" if schedule else "a number or scalar array"
-        if name in _MAY_BE_NONE:
-            kinds += ", or None for none"
-        raise TypeError(f"{name} must be {kinds}, got {value!r}")
+        wanted = "a number, a scalar array or a schedule"
+        wanted = wanted if schedule else "a number or scalar array"
+        or_none = ", or None for none" if name in _MAY_BE_NONE else ""
+        raise TypeError(f"{name} must be {wanted}{or_none}, got {value!r}")
     if not (low <= value <= high and abs(value) <= LARGEST):
         upper = "<= " + f"{high:g}" if high < math.inf else "finite in float32"
         lower = f">= {low:g} and " if low > -math.inf else ""
@@ -165,7 +161,7 @@ def counterparts(
     misfits = [
         i
         for i, (grad, other) in enumerate(zip(grads.types, leaves, strict=True))
-        if grad is not None and not _belongs(grad, _type(other), real, dtypes)
+        if grad is not None and not _belongs(grad, other, real, dtypes)
     ]
     if misfits:
         names = _names(grads.tree)
@@ -217,7 +213,8 @@ def _difference(grads: optax.Updates, tree: PyTree, name: str) -> str:
         return f"missing {sorted(wanted - got)}, unexpected {sorted(got - wanted)}"
     path, ours, theirs = _first_difference((), grads, tree)
     place = f"at {leaf_name(path)!r}" if path else "as a whole"
-    return f"{place} the gradients have {_node(ours)}, {name} has {_node(theirs)}"
+    other = " of another class, or with other data in it" if _node(ours) == _node(theirs) else ""
+    return f"{place} the gradients have {_node(ours)}, {name} has {_node(theirs)}{other}"
 
 
 def _first_difference(path: KeyPath, a: Any, b: Any) -> tuple[Any, Any, Any]:
@@ -258,12 +255,17 @@ def _type(leaf: Any) -> _Type:
     return _Type(None, None, None)
 
 
-def _belongs(grad: _Type, other: _Type, real: bool, dtypes: Collection[Any] | None) -> bool:
+def _belongs(grad: _Type, slot: Any, real: bool, dtypes: Collection[Any] | None) -> bool:
+    other = _type(slot)
     if grad.dtype == jax.dtypes.float0:
         return other.kind is None
     if grad.kind is None or other.kind is None or grad.shape != other.shape:
         return False
-    right = other.kind is (float if real else grad.kind)
+    if real:  # for either, unless it is held in few bits, as no slot of a complex parameter is
+        is_small = is_packed(slot) or other.dtype.itemsize < 4
+        right = other.kind is float and not (is_small and grad.kind is complex)
+    else:
+        right = other.kind is grad.kind
     return right and (dtypes is None or other.dtype in dtypes)
 
 
@@ -294,6 +296,8 @@ def _one_leaf(slot: Any) -> Any:
 def _describe(leaf: Any) -> str:
     if not hasattr(leaf, "dtype"):
         return f"{leaf!r} of type {type(leaf).__name__}"
+    if leaf.dtype == jax.dtypes.float0:
+        return f"float0{list(leaf.shape)}"
     return f"{leaf.dtype}{list(leaf.shape)}"
 
 

@@ -1,14 +1,14 @@
 """Which rule a transformation follows, in words and numbers."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import optax
 
+from rmsprop_jax._asking import ask, ask_without_params, report, reports
 from rmsprop_jax._rule import Rule, is_ours, some_rules
 from rmsprop_jax._storage import FLOAT32
-from rmsprop_jax._transformation import ask, stand_in
 
 
 def describe(tx: optax.GradientTransformation, params: optax.Params | None = None) -> str:
@@ -52,31 +52,39 @@ def describe(tx: optax.GradientTransformation, params: optax.Params | None = Non
     """
     if not callable(getattr(tx, "init", None)):
         some_rules(tx, [])
-    params = stand_in(tx.init) if params is None else params
-    if params is None:
+
+    def init(params: optax.Params) -> optax.OptState:
+        with reports() as found:
+            state = tx.init(params)
+        others = dict(_others(state))
+        for part, made in found:
+            if isinstance(part, Rule):
+                report(_Told(part, others.get(id(made), "")))
+        return state
+
+    told: Any = ask_without_params(init) if params is None else ask(init, params)[0]
+    if told is None:
         raise ValueError(
             "params must be given: a wrapper in tx does not work without its tree of parameters"
         )
-    others: list[str] = []
-
-    def init(params: optax.Params) -> Any:
-        state = tx.init(params)
-        others.extend(_others(state))
-        return state
-
-    rules = some_rules(tx, ask(init, params)[0])
-    if len(others) != len(rules):  # of a wrapper that keeps another state than it made
-        others = [""] * len(rules)
-    paragraphs = [_paragraph(rule) + more for rule, more in zip(rules, others, strict=True)]
-    return "\n\n".join(dict.fromkeys(paragraphs))
+    some_rules(tx, [part for part, _ in told])
+    return "\n\n".join(dict.fromkeys(_paragraph(rule) + others for rule, others in told))
 
 
-def _others(state: optax.OptState, before: int = 0, after: int = 0) -> Iterator[str]:
-    """Of each of our states in another: how many other links its chain has, in words."""
+class _Told(NamedTuple):
+    """A rule, and what is beside it in words."""
+
+    part: Rule
+    others: str
+
+
+def _others(state: Any, before: int = 0, after: int = 0) -> Iterator[tuple[int, str]]:
+    """The id of each of our states in another, and how many other links its chain has, in words."""
     if is_ours(state):
         counts = [(n, where) for n, where in ((before, "before"), (after, "after")) if n]
         words = [f"{n} other transformation{'s' * (n > 1)} {where} it" for n, where in counts]
-        yield f"\nand {' and '.join(words)}, not described" if words else ""
+        if words:
+            yield id(state), f"\nand {' and '.join(words)}, not described"
     elif isinstance(state, optax.transforms.PartitionState):  # of links side by side
         for link in state.inner_states.values():
             yield from _others(link, before, after)

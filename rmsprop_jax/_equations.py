@@ -29,7 +29,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from rmsprop_jax._arrays import abs2, by_parts, clip, narrow, settled, widen
+from rmsprop_jax._arrays import abs2, by_parts, clip, narrow, share_of, unfused, widen
 from rmsprop_jax._storage import Draw, Slot, Storage
 
 
@@ -66,7 +66,7 @@ class Slots(NamedTuple):
     trace: Slot | None
 
 
-class Moment(NamedTuple):
+class Turn(NamedTuple):
     """Which step it is of which leaf: int32 and uint32, for what is rounded at random."""
 
     step: jax.Array
@@ -79,7 +79,7 @@ def step(
     x: jax.Array | None,
     slots: Slots,
     hyper: Hyper,
-    moment: Moment | None,
+    turn: Turn | None,
     variant: Variant,
 ) -> tuple[jax.Array, Slots]:
     """-u, in the shape and dtype of g, and the new slots; finite for every g that is not NaN.
@@ -87,8 +87,10 @@ def step(
     Jitted at module level: an update outside jit costs one dispatch an array, and one inside
     jit traces each shape once, however often the transformation is built anew.
     """
+    # What jit makes of numbers and NumPy's arrays, where it is disabled.
+    g, x, slots, hyper, turn = jax.tree.map(jnp.asarray, (g, x, slots, hyper, turn))
     with jax.disable_jit():  # the operators are jitted functions too: inlined, they trace faster
-        return _step(g, x, slots, hyper, moment, variant)
+        return _step(g, x, slots, hyper, turn, variant)
 
 
 def _step(
@@ -96,7 +98,7 @@ def _step(
     x: jax.Array | None,
     slots: Slots,
     hyper: Hyper,
-    moment: Moment | None,
+    turn: Turn | None,
     variant: Variant,
 ) -> tuple[jax.Array, Slots]:
     s, m, b = slots
@@ -113,41 +115,61 @@ def _step(
     if pull is not None and not variant.decoupled_weight_decay:
         g = g + pull
     draws = Slots(None, None, None)
-    if moment is not None:
-        draws = Slots(*(Draw(*moment, slot, 0 * g) for slot in range(3)))
+    if turn is not None:
+        draws = Slots(*(Draw(*turn, slot, 0 * g) for slot in range(3)))
     # A quarter of the root: even the difference of two such numbers can be squared.
     g = clip(g, largest**0.5 / 4)
 
-    # Each slot is a sum of new terms, with the addition last: of anything else XLA:CPU keeps
-    # a copy, to compute the slot again inside the loop that uses it.
+    # accumulate(s, gamma, r) is gamma s + r, as a value and as the slot that holds it. Each slot is
+    # a sum of new terms, with the addition last: of anything else XLA:CPU keeps a copy, to compute
+    # the slot again inside the loop that uses it.
     if m is None:
+        # s <- gamma s + (1 - gamma) |g|^2
         v, s = storage.accumulate(s, gamma, (1 - gamma) * square(g), draw=draws.nu)
     else:
+        # m <- gamma m + (1 - gamma) g,  s <- gamma s + (1 - gamma) / gamma |g - m|^2:
         # E|g|^2 - |m|^2 as a sum of squares. As g - mean = gamma (g - m), the last term is
         # gamma (1 - gamma) |g - m|^2; it vanishes with gamma, where the bound acts.
         mean, m = storage.accumulate(m, gamma, (1 - gamma) * g, draw=draws.mu)
         ratio = (1 - gamma) / lax.max(gamma, jnp.finfo(real).eps)
         v, s = storage.accumulate(s, gamma, ratio * square(g - mean), draw=draws.nu)
 
-    def root(v: jax.Array) -> jax.Array:
+    def root(v: jax.Array, copy: int) -> jax.Array:
         # Never below the smallest normal number: so 0 / 0 is 0, the derivative there is finite (a
         # maximum's would be 0 * inf), and where |g|^2 underflows u stays within 1/sqrt(1 - gamma).
         if variant.eps_in_sqrt:
             v = v + eps
+        if copy:
+            v = lax.max(v, real.type(-copy))  # which it is: see new
         r = jnp.sqrt(lax.clamp(tiny, v, real.type(jnp.inf)))
         return r if variant.eps_in_sqrt else r + eps
 
+    def new(copy: int) -> jax.Array:
+        """What this step adds to the buffer; every copy is the same.
+
+        A root that two loops need XLA:CPU computes in a loop of its own, and keeps. It does not
+        notice that the roots of two copies are equal.
+        """
+        u = by_parts(lambda part, v: part / root(v, copy), g, v)
+        return clip(eta * u, largest / 2) if variant.lr_in_momentum else u
+
     # From here |u| stays within largest / 2, and within largest once the buffer is in it.
-    u = by_parts(lambda part, v: part / root(v), g, v)
-    if variant.lr_in_momentum:
-        u = clip(eta * u, largest / 2)
+    u = new(0)
     if b is not None:
-        r = u
-        u, b = storage.accumulate(b, mu, r, largest / 2, draws.trace)
-        if variant.nesterov:
-            u = clip(r + mu * u, largest)
+        # b <- mu b + u
+        u, b = storage.accumulate(b, mu, u, largest / 2, draws.trace)
+        trace = u
+
+        def moved(copy: int) -> jax.Array:
+            return clip(new(copy) + mu * trace, largest) if variant.nesterov else trace
+
+        u = moved(1)
         if variant.cautious:
-            u = clip(u * _agreement(u, g), largest)
+            # Down the gradient; with a negative learning rate in the buffer, up.
+            down = jnp.where(eta < 0, -g, g) if variant.lr_in_momentum else g
+            share = share_of(_agrees(moved(2), down), real)
+            mask = _agrees(u, down).astype(real)
+            u = clip(u * (mask / lax.max(share, real.type(1e-3))), largest)
     if not variant.lr_in_momentum:
         u = clip(eta * u, largest / 2)
     if pull is not None and variant.decoupled_weight_decay:
@@ -165,21 +187,16 @@ def correct_bias(hyper: Hyper, weight_sum: jax.Array, count: jax.Array) -> tuple
     gradient has counted, and an infinite eps makes the step 0.
     """
     gamma = hyper.decay.astype(weight_sum.dtype)
-    w = settled(gamma * weight_sum, count >> 31) + (1 - gamma)
+    w = unfused(gamma * weight_sum, count >> 31) + (1 - gamma)
     gamma_hat = 1 - (1 - gamma) / lax.max(w, jnp.finfo(w.dtype).tiny)
     eps = jnp.where(w > 0, hyper.eps, jnp.inf)
     return hyper._replace(eps=eps, decay=gamma_hat), w
 
 
-def _agreement(u: jax.Array, g: jax.Array) -> jax.Array:
-    """Keeps the coordinates in which the step u descends, scaled up by how few they are.
-
-    NaN counts as descending, so that it changes nothing elsewhere.
-    """
+def _agrees(u: jax.Array, g: jax.Array) -> jax.Array:
+    """Where the step u descends. NaN counts as if it did, so that it changes nothing elsewhere."""
     if jnp.iscomplexobj(g):
         product = (jnp.sign(u) * jnp.conj(jnp.sign(g))).real
     else:
         product = jnp.sign(u) * jnp.sign(g)
-    descends = ~(product <= 0)
-    mask = descends.astype(jnp.finfo(u.dtype).dtype)
-    return mask / jnp.maximum(jnp.sum(mask) / max(mask.size, 1), 1e-3)
+    return ~(product <= 0)

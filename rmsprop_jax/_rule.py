@@ -1,8 +1,7 @@
 """A rule lifted from one array to a tree of parameters: what the rule is, init and update."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import contextlib
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 import zlib
@@ -14,28 +13,11 @@ from jax.tree_util import KeyPath
 import numpy as np
 import optax
 
-from rmsprop_jax import _checks, _equations, _transformation
+from rmsprop_jax import _checks, _equations
+from rmsprop_jax._asking import Part, ask
+from rmsprop_jax._schedule import real
 from rmsprop_jax._storage import Slot, is_packed, slots_of, with_slots
 from rmsprop_jax._types import PyTree, Scalar
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["arguments"], meta_fields=["function"]
-)
-@dataclasses.dataclass(frozen=True)
-class Schedule:
-    """A schedule that is equal to those of the same function and arguments, which a closure is not.
-
-    Attributes:
-      function: of the number of earlier steps and the arguments.
-      arguments: numbers, arrays and other schedules.
-    """
-
-    function: Callable[..., Any]
-    arguments: tuple[Any, ...]
-
-    def __call__(self, count: jax.Array) -> Any:
-        return self.function(count, *self.arguments)
 
 
 class RMSPropState(NamedTuple):
@@ -81,19 +63,19 @@ class Rule(NamedTuple):
         storage = self.variant.storage
 
         def held(field: str, value: Scalar) -> Any:
-            real = field == "nu" and not self.variant.split_complex
+            is_real = field == "nu" and not self.variant.split_complex
 
             def slot(path: KeyPath, param: Any) -> Slot | None:
                 if not _checks.is_trained(path, param):
                     return None
                 name = _checks.leaf_name(path)
-                return storage.init(param, value, field=field, path=name, real=real)
+                return storage.init(param, value, field=field, path=name, real=is_real)
 
             slots = jax.tree_util.tree_map_with_path(slot, params)
             return storage.join(slots, field=field)
 
         in_use = self.in_use()
-        nu = held("nu", self.initial_scale)
+        nu = held("nu", real(self.initial_scale))
         dtypes = map(storage.dtype, jax.tree.leaves(slots_of(nu), is_leaf=is_packed))
         widest = np.result_type(np.float32, *dtypes)  # of float32 and float64: jnp's may be strict
         return RMSPropState(
@@ -122,11 +104,9 @@ class Rule(NamedTuple):
         nothing = [None] * len(grads.leaves)
 
         def held_of(field: str) -> list[Any]:
-            slots, real = (
-                slots_of(getattr(state, field)),
-                field == "nu" and not variant.split_complex,
-            )
-            return _checks.counterparts(grads, field, slots, real=real, dtypes=storage.dtypes)
+            slots = slots_of(getattr(state, field))
+            is_real = field == "nu" and not variant.split_complex
+            return _checks.counterparts(grads, field, slots, real=is_real, dtypes=storage.dtypes)
 
         old = [held_of(field) if in_use[field] else nothing for field in ("nu", "mu", "trace")]
         if self.hyper.weight_decay is not None:
@@ -146,9 +126,9 @@ class Rule(NamedTuple):
             steps, new = [], []
             for number, g, x, *slots in zip(numbers, grads.leaves, xs, *old, strict=True):
                 u, held = None, _equations.Slots(*slots)
-                moment = None if number is None else _equations.Moment(state.count, number)
+                turn = None if number is None else _equations.Turn(state.count, number)
                 if g is not None and held.nu is not None:
-                    u, held = _equations.step(g, x, held, scalars, moment, variant)
+                    u, held = _equations.step(g, x, held, scalars, turn, variant)
                 steps.append(u)
                 new.append(held)
 
@@ -195,10 +175,10 @@ def _at(count: jax.Array, name: str, value: Any) -> jax.Array | None:
     """A hyperparameter in the step after count others, as an array."""
     if callable(value):
         value = _checks.number(name, value(count), schedule=False)
-    return jnp.asarray(value, float) if isinstance(value, float) else value
+    return jnp.asarray(value, float) if isinstance(value, float) else real(value)
 
 
-def rules_in(parts: Sequence[_transformation.Part]) -> list[Rule]:
+def rules_in(parts: Sequence[Part]) -> list[Rule]:
     """The rules among the parts of a transformation."""
     return [part for part in parts if isinstance(part, Rule)]
 
@@ -206,12 +186,10 @@ def rules_in(parts: Sequence[_transformation.Part]) -> list[Rule]:
 def rules_of(tx: optax.GradientTransformation, params: optax.Params) -> list[Rule]:
     """The rules that tx follows for some parameters, at least one."""
     init = getattr(tx, "init", None)
-    return some_rules(tx, _transformation.ask(init, params)[0] if callable(init) else [])
+    return some_rules(tx, ask(init, params)[0] if callable(init) else [])
 
 
-def some_rules(
-    tx: optax.GradientTransformation, parts: Sequence[_transformation.Part]
-) -> list[Rule]:
+def some_rules(tx: optax.GradientTransformation, parts: Sequence[Part]) -> list[Rule]:
     """The rules among the parts of tx, at least one."""
     rules = rules_in(parts)
     if not rules:

@@ -180,7 +180,12 @@ def full_like(param: jax.Array, value: Any, dtype: Any) -> jax.Array:
     """An array full of value, of the shape of param and placed like it, eagerly and traced."""
     if not isinstance(param, jax.core.Tracer):
         return jnp.full_like(param, value, dtype=dtype)
-    # A traced constant depends on no parameter and could be placed anywhere. These zeros
-    # depend on param, but not on its values: nothing, not even NaN, is below itself.
-    zeros = lax.convert_element_type(lax.lt(param.real, param.real), dtype)
-    return zeros + jnp.asarray(value, dtype)
+    # With no mesh in its type, and no device but one, there is one place: a constant will do.
+    if jax.typeof(param).sharding.mesh.empty and jax.device_count() == 1:
+        return lax.full(param.shape, value, dtype)
+    # Elsewhere a traced constant could be placed anywhere, since it depends on no parameter. These
+    # zeros depend on param, but not on its values: nothing, not even NaN, is below itself.
+    real = lax.real(param) if jnp.iscomplexobj(param) else param
+    zeros = lax.convert_element_type(lax.lt(real, real), dtype)
+    is_zero = not isinstance(value, jax.Array) and value == 0
+    return zeros if is_zero else zeros + jnp.asarray(value, dtype)

@@ -70,7 +70,8 @@ def run(
             buffer = at(momentum, t) * buffer + step
             step = step + at(momentum, t) * buffer if nesterov else buffer
             if cautious:
-                mask = (np.real(step * np.conj(g)) > 0).astype(dtype)
+                down = -g if lr_in_momentum and eta < 0 else g
+                mask = (np.real(step * np.conj(down)) > 0).astype(dtype)
                 step = step * mask / max(mask.mean(), 1e-3)
         if not lr_in_momentum:
             step = eta * step

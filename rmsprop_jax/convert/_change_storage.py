@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import optax
 
-from rmsprop_jax._rule import RMSPropState, is_ours, rules_of
+from rmsprop_jax._rule import RMSPropState, is_ours, some_rules
 from rmsprop_jax._storage import is_packed, slots_of, with_slots
 from rmsprop_jax.convert._state import place
 
@@ -44,9 +44,11 @@ def change_storage(
       >>> print(held.nu.codes.dtype, convert.change_storage(held, params, plain).nu[0])
       uint8 0.40625
     """
-    rules_of(tx, params)
+    init = getattr(tx, "init", lambda params: params)
     old: Any = jax.tree.flatten(state, is_leaf=is_ours)
-    new: Any = jax.tree.flatten(tx.init(params), is_leaf=is_ours)
+    new: Any = jax.tree.flatten(init(params), is_leaf=is_ours)
+    if not any(map(is_ours, new[0])):
+        some_rules(tx, [])
     if old[1] != new[1]:
         raise ValueError(f"state must be like that of tx, {new[1]}, got {old[1]}")
     parts = [_changed(a, b) if is_ours(b) else a for a, b in zip(old[0], new[0], strict=True)]

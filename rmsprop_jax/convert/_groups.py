@@ -6,8 +6,7 @@ from typing import Any
 import optax
 
 from rmsprop_jax import dialects
-from rmsprop_jax._rule import Rule, rules_in
-from rmsprop_jax._transformation import ask
+from rmsprop_jax._rule import Rule, rules_of
 
 Group = Mapping[str, Any]
 
@@ -61,7 +60,7 @@ def timm_rule(group: Group) -> Rule:
 
 
 def _rule(tx: optax.GradientTransformation) -> Rule:
-    (rule,) = rules_in(ask(tx.init, {})[0])
+    (rule,) = rules_of(tx, {})
     return rule
 
 

@@ -38,7 +38,8 @@ def from_keras(
       mapping: for each leaf of params by its path, as "layer/kernel", the name or number of
         Keras's trainable variable, or a :class:`Leaf` if the layouts differ.
       tx: the transformation to go on with, ``dialects.keras(...)`` as a rule. It may be wrapped:
-        every RMSPropState in its state is filled, and all else is as ``init`` makes it.
+        every RMSPropState in its state is filled, schedules of
+        ``optax.inject_hyperparams`` go on, and all else is as ``init`` makes it.
       names: of the trainable variables in their order, ``[v.path for v in
         model.trainable_variables]``; needed if mapping has names.
 

@@ -39,7 +39,8 @@ def from_optax(
       opt_state: of ``optax.rmsprop``, in any of its forms.
       params: tree of parameters; only its structure, shapes, dtypes and placement count.
       tx: the transformation to go on with, ``rmsprop(...)`` as a rule. It may be wrapped: every
-        RMSPropState in its state is filled, and all else is as ``init`` makes it.
+        RMSPropState in its state is filled, schedules of
+        ``optax.inject_hyperparams`` go on, and all else is as ``init`` makes it.
       steps: how many were taken; None for what opt_state says, which knows it if it has a schedule
         or bias correction, or else 0.
 

@@ -10,10 +10,11 @@ from jax.tree_util import KeyPath, tree_map_with_path
 import numpy as np
 import optax
 
+from rmsprop_jax._asking import reports
 from rmsprop_jax._checks import leaf_name
 from rmsprop_jax._rule import RMSPropState, Rule, is_ours, rules_in, rules_of
+from rmsprop_jax._schedule import real
 from rmsprop_jax._storage import Slot, is_packed, slots_of, with_slots
-from rmsprop_jax._transformation import reports
 from rmsprop_jax.convert._mapping import (
     Leaf,
     LeafMapping,
@@ -64,7 +65,7 @@ def to_ours(
 ) -> optax.OptState:
     """The state of tx after init, with what the framework remembers in every RMSPropState."""
     rules_of(tx, params)
-    start = tx.init(params)
+    start = _at_step(tx.init(params), foreign.steps)
     leaves = resolve(*with_state(mapping, params))
     refuse_unmapped(foreign.entries, leaves)
     scale = _scale(foreign, tx, start, params)
@@ -211,6 +212,24 @@ def _scale(
     return 1 / rate if foreign.lr_in_momentum else rate
 
 
+def _at_step(state: optax.OptState, count: int) -> optax.OptState:
+    """A state in which the schedules of ``optax.inject_hyperparams`` have taken so many steps."""
+
+    def is_injected(node: Any) -> bool:
+        return isinstance(node, optax.InjectStatefulHyperparamsState)
+
+    def fill(node: Any) -> Any:
+        if not is_injected(node):
+            return node
+        steps, schedules = place(node.count, np.asarray(count)), node.hyperparams_states
+        if optax.tree.get_all_with_path(schedules, "count"):
+            schedules = optax.tree.set(schedules, count=steps)
+        inner = _at_step(node.inner_state, count)
+        return node._replace(count=steps, hyperparams_states=schedules, inner_state=inner)
+
+    return jax.tree.map(fill, state, is_leaf=is_injected)
+
+
 def rules_at(
     tx: optax.GradientTransformation, state: optax.OptState, params: optax.Params
 ) -> list[Rule]:
@@ -219,10 +238,10 @@ def rules_at(
     if not any(isinstance(h, jax.ShapeDtypeStruct) for rule in rules for h in rule.hyper):
         return rules
     _, params = with_state({}, params)
-    zeros = jax.tree.map(lambda param: jnp.zeros(np.shape(param), param.dtype), params)
-    with reports() as parts:
+    zeros = jax.tree.map(lambda x: jnp.zeros(np.shape(x), jnp.result_type(x)), params)
+    with reports() as found:
         tx.update(zeros, state, zeros)
-    if not (rules := rules_in(parts)):
+    if not (rules := rules_in([part for part, _ in found])):
         raise ValueError("tx has its numbers in a state, and does not use them in its next step")
     return rules
 
@@ -230,7 +249,7 @@ def rules_at(
 def _rate(rule: Rule, count: int) -> float:
     rate = rule.hyper.learning_rate
     with jax.numpy_dtype_promotion("standard"):  # as in an update
-        return float(rate(jnp.asarray(count, jnp.int32)) if callable(rate) else rate)
+        return float(real(rate(jnp.asarray(count, jnp.int32)) if callable(rate) else rate))
 
 
 def place(old: Any, value: Any) -> Any:

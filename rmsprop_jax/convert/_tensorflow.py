@@ -37,7 +37,8 @@ def from_tensorflow_v1(
       mapping: for each leaf of params by its path, as "layer/kernel", the name of TensorFlow's
         variable, or a :class:`Leaf` if the layouts differ.
       tx: the transformation to go on with, ``dialects.tensorflow_v1(...)`` as a rule. It may be
-        wrapped: every RMSPropState in its state is filled, and all else is as ``init`` makes it.
+        wrapped: every RMSPropState in its state is filled, schedules of
+        ``optax.inject_hyperparams`` go on, and all else is as ``init`` makes it.
       steps: how many were taken, for the schedules of tx.
 
     Returns:

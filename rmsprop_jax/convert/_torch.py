@@ -45,8 +45,8 @@ def from_pytorch(
       mapping: for each leaf of params by its path, as "layer/kernel", the name or number of
         PyTorch's parameter, or a :class:`Leaf` if the layouts differ.
       tx: the transformation to go on with, ``dialects.pytorch(...)`` as a rule. It may be wrapped:
-        every RMSPropState in its state is filled, and all else is as ``init`` makes it. For
-        groups that differ take ``optax.partition``.
+        every RMSPropState in its state is filled, schedules of ``optax.inject_hyperparams`` go
+        on, and all else is as ``init`` makes it. For groups that differ take ``optax.partition``.
       names: PyTorch's names in the order of the optimizer's parameters, group by group. If that is
         the model's, ``[n for n, _ in model.named_parameters()]``; else, with ``name = {p: n for n,
         p in model.named_parameters()}``, ``[name[p] for group in optimizer.param_groups for p in

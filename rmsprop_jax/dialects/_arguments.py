@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from rmsprop_jax import _checks
-from rmsprop_jax._rule import Schedule
+from rmsprop_jax._schedule import Schedule, real
 from rmsprop_jax._types import ScalarOrSchedule
 
 
@@ -27,7 +27,7 @@ def unless_0(value: Any) -> Any:
 
 def at(value: ScalarOrSchedule, count: jax.Array) -> Any:
     """The value of a number, array or schedule after count steps."""
-    return value(count) if callable(value) else value
+    return real(value(count) if callable(value) else value)
 
 
 def refuse_int(name: str, value: Any) -> None:

@@ -7,7 +7,7 @@ import optax
 
 from rmsprop_jax import _checks
 from rmsprop_jax._rmsprop import rmsprop
-from rmsprop_jax._rule import Schedule
+from rmsprop_jax._schedule import Schedule
 from rmsprop_jax._storage import Storage
 from rmsprop_jax._types import Scalar, ScalarOrSchedule
 from rmsprop_jax.dialects._arguments import at, checked, unless_0

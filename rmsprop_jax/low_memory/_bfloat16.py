@@ -5,7 +5,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from rmsprop_jax._arrays import clip, settled
+from rmsprop_jax._arrays import clip, unfused
 from rmsprop_jax.low_memory._random import random_bits
 
 _CUT = 16  # bits of a float32 that a bfloat16 has not
@@ -21,7 +21,7 @@ def accumulate_bfloat16(
     zero: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """The product decay * slot, and the slot with term, where it is finite, added to it."""
-    past = settled(decay * slot.astype(jnp.float32), zero)
+    past = unfused(decay * slot.astype(jnp.float32), zero)
     if bound is not None:
         past = clip(past, bound)
     kept = jnp.where(jnp.isfinite(term), term, 0)

@@ -20,7 +20,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from rmsprop_jax._arrays import clip, settled
+from rmsprop_jax._arrays import clip, unfused
 from rmsprop_jax._storage import Packed, full_like
 from rmsprop_jax.low_memory._blocks import view_of
 from rmsprop_jax.low_memory._random import random_bits
@@ -110,9 +110,9 @@ def accumulate_eight_bit(
     # No reduction over the new numbers: they would be kept for it in float32, 4 bytes each.
     most = _decode(_max(abs(slot.codes.reshape(view))), slot.exponents[..., None, None])
     top = power * most + _largest(term) / scale
-    kept = settled(jnp.where(jnp.isfinite(term), term, 0) * (1 / scale), zero)
+    kept = unfused(jnp.where(jnp.isfinite(term), term, 0) * (1 / scale), zero)
     new = _rounded(slot._replace(scales=scales), a + kept, top, random_bits(key, view, _CUT))
-    return settled(scale * a, zero).reshape(slot.shape), new
+    return unfused(scale * a, zero).reshape(slot.shape), new
 
 
 def _numbers(slot: EightBit) -> jax.Array:

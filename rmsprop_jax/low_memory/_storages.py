@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rmsprop_jax._arrays import settled
+from rmsprop_jax._arrays import unfused
 from rmsprop_jax._storage import FLOAT32, Draw, Slot, Storage, full_like, is_packed
 from rmsprop_jax.low_memory._bfloat16 import accumulate_bfloat16
 from rmsprop_jax.low_memory._blocked import blocked
@@ -74,7 +74,7 @@ class LowMemory(abc.ABC):
             _, slot = FLOAT32.accumulate(slot, decay, kept, bound)
             return slot + (term - kept), slot
         zero = draw.step >> 31  # of a number that is never negative
-        term = settled(term, zero)
+        term = unfused(term, zero)
         key = random_key(self.seed, self.axis_name, draw)
         past, slot = accumulate(slot, decay, term + draw.zero, bound, key, zero)
         return past + term, slot

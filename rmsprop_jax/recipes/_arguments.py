@@ -8,7 +8,7 @@ import numpy as np
 import optax
 
 from rmsprop_jax import _checks
-from rmsprop_jax._rule import Schedule
+from rmsprop_jax._schedule import Schedule
 from rmsprop_jax._transformation import transformation
 from rmsprop_jax._types import Scalar
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import optax
 
 from rmsprop_jax._rmsprop import rmsprop
-from rmsprop_jax._rule import Schedule
+from rmsprop_jax._schedule import Schedule
 from rmsprop_jax._storage import Storage
 from rmsprop_jax._types import Scalar
 from rmsprop_jax.dialects import pytorch, tensorflow_v1

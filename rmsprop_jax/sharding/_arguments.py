@@ -7,7 +7,8 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 import optax
 
-from rmsprop_jax._transformation import Part, Transformation, ask, stand_in
+from rmsprop_jax._asking import Part, ask_without_params
+from rmsprop_jax._transformation import Transformation
 from rmsprop_jax._types import PyTree
 
 
@@ -28,8 +29,7 @@ def checked(tx: optax.GradientTransformation) -> optax.GradientTransformation:
     """tx, with an update that takes any extra arguments; none that is partitioned already."""
     if not callable(getattr(tx, "init", None)) or not callable(getattr(tx, "update", None)):
         raise TypeError(f"tx must be a gradient transformation, got {tx!r}")
-    if (params := stand_in(tx.init)) is not None:  # else init, which has some, asks
-        check_inside(ask(tx.init, params)[0])
+    check_inside(ask_without_params(tx.init) or [])  # init, which has parameters, asks again
     # MultiSteps is none, and takes them.
     plain = isinstance(tx, optax.GradientTransformation)
     return optax.with_extra_args_support(tx) if plain else tx

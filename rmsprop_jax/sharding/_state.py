@@ -7,7 +7,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 import optax
 
-from rmsprop_jax._transformation import ask
+from rmsprop_jax._asking import ask
 from rmsprop_jax._types import PyTree
 from rmsprop_jax.sharding._arguments import check_axes, check_inside, checked, partition_of
 from rmsprop_jax.sharding._placement import (

@@ -9,9 +9,10 @@ from jax import lax
 import jax.numpy as jnp
 import optax
 
+from rmsprop_jax._asking import Part, ask, ask_without_params, is_asked
 from rmsprop_jax._checks import without_float0
 from rmsprop_jax._rule import some_rules
-from rmsprop_jax._transformation import Part, ask, is_asked, stand_in, transformation
+from rmsprop_jax._transformation import transformation
 from rmsprop_jax._types import PyTree
 from rmsprop_jax.sharding._arguments import Partition, axes_of, check_inside, checked
 from rmsprop_jax.sharding._placement import (
@@ -28,7 +29,6 @@ class Zero1Mapped(Partition):
 
     tx: optax.GradientTransformation
     axes: tuple[str, ...]
-    is_checked: bool  # without parameters
 
     def init(self, params: optax.Params) -> optax.OptState:
         if is_asked():
@@ -68,8 +68,7 @@ class Zero1Mapped(Partition):
         updates = whole = without_float0(updates)
         params = jax.tree.map(self._mine, params)
         updates = jax.tree.map(self._mean, updates)
-        if not self.is_checked:
-            self.check(ask(self.tx.init, updates if params is None else params)[0])
+        self.check(ask(self.tx.init, updates if params is None else params)[0])
         updates, state = self.tx.update(updates, state, params, **extra_args)
         return jax.tree.map(self._gathered, updates, whole), state
 
@@ -176,8 +175,7 @@ def zero1_mapped(
     """
     tx = checked(tx)
     axes = axes_of("axis_name", axis_name)
-    params = stand_in(tx.init)
-    wrapped = Zero1Mapped(tx, axes, is_checked=params is not None)
-    if params is not None:
-        wrapped.check(ask(tx.init, params)[0])
+    wrapped = Zero1Mapped(tx, axes)
+    if (parts := ask_without_params(tx.init)) is not None:  # else init and update ask
+        wrapped.check(parts)
     return transformation(wrapped)

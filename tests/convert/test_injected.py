@@ -60,6 +60,31 @@ def test_buffers_gain_and_lose_the_learning_rate_that_the_state_has():
         convert.from_pytorch(GIVEN, PARAMS, MAPPING, later, strict=False)
 
 
+def test_schedules_go_on():
+    """Where they would be in an uninterrupted run, in whatever inject_hyperparams counts itself."""
+
+    def rate(count):
+        return 0.1 / (1 + count)
+
+    plain = rmsprop(rate, momentum=0.9, eps_in_sqrt=False)
+    tx = optax.inject_hyperparams(rmsprop, static_args="momentum")(
+        rate, momentum=0.9, eps_in_sqrt=False
+    )
+    for wrapped in (tx, optax.MultiSteps(tx, 1), optax.inject_hyperparams(lambda: tx)()):
+        state = convert.from_pytorch(GIVEN, PARAMS, MAPPING, wrapped)
+        updates, _ = wrapped.update(GRADS, state, PARAMS)
+        want, _ = plain.update(GRADS, convert.from_pytorch(GIVEN, PARAMS, MAPPING, plain))
+        np.testing.assert_allclose(updates["w"], want["w"], rtol=1e-6)
+
+
+def test_numbers_may_be_parameters():
+    tx = optax.inject_hyperparams(rmsprop, static_args="momentum")(0.5, momentum=0.9)
+    slots = {"step": 5, "square_avg": 4.0, "momentum_buffer": 1.0}
+    given = {"state": {0: slots}, "param_groups": [GROUP]}
+    state = convert.from_pytorch(given, {"w": 1.0}, MAPPING, tx, strict=False)
+    assert state.inner_state.trace["w"] == 0.5
+
+
 def test_the_decay_of_optax_is_in_the_state():
     theirs = optax.rmsprop(0.1, decay=0.75, bias_correction=True)
     _, opt_state = theirs.update(GRADS, theirs.init(PARAMS))

@@ -9,7 +9,7 @@ import pytest
 from conversions import assert_same
 from rmsprop_jax import convert, dialects
 from rmsprop_jax.convert import Leaf
-from rmsprop_jax.convert._mapping import put, resolve, take
+from rmsprop_jax.convert._mapping import assembled, resolve, take
 
 
 @st.composite
@@ -56,7 +56,7 @@ def test_put_undoes_take(layout):
         path: take(arrays[leaf.name], leaf, shapes[path], "it") for path, leaf in leaves.items()
     }
     assert sum(value.size for value in values.values()) == sum(a.size for a in arrays.values())
-    again = put(values, leaves)
+    again = assembled(values, leaves)
     assert set(again) == set(arrays)
     for name, array in arrays.items():
         np.testing.assert_array_equal(again[name], array)

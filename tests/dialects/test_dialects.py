@@ -328,7 +328,7 @@ def test_each_lives_with_optax_and_passes_its_storage_on(name):
     params, grads = {"w": jnp.ones(3), "b": jnp.ones(2)}, {"w": jnp.ones(3), "b": None}
     storage = Float32()
     plain = make(0.1, storage=storage)
-    assert plain.part.variant.storage is storage
+    assert plain.part.variant.storage == storage
     state = plain.init(params)
     assert type(state) is RMSPropState
     updates, new = jax.jit(plain.update)(grads, state, params)

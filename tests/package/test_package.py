@@ -70,11 +70,13 @@ rmsprop_jax.rmsprop(0.1).init(1.0)
 
 ORDER = [
     "_types",
+    "_schedule",
+    "_asking",
+    "_transformation",
     "_arrays",
     "_storage",
     "_equations",
     "_checks",
-    "_transformation",
     "_rule",
     "_rmsprop",
     "_describe",

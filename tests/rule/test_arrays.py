@@ -6,20 +6,26 @@ import numpy as np
 import pytest
 
 from rmsprop_jax import rmsprop
-from rmsprop_jax._arrays import abs2, clip, narrow, settled
+from rmsprop_jax._arrays import abs2, clip, narrow, share_of, unfused
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_a_settled_product_is_rounded_before_it_is_added(dtype):
+def test_an_unfused_product_is_rounded_before_it_is_added(dtype):
     """Else compilers contract the two: on CPUs a fifth of the sums have another last digit."""
     a, b, c = np.random.default_rng(0).standard_normal((3, 10_000)).astype(dtype)
     with jax.enable_x64(dtype == np.float64):
-        got = jax.jit(lambda zero: settled(a * jnp.asarray(b), zero) + c)(np.int32(0))
+        got = jax.jit(lambda zero: unfused(a * jnp.asarray(b), zero) + c)(np.int32(0))
     np.testing.assert_array_equal(got, a * b + c)
 
 
-def test_what_is_settled_keeps_its_derivatives():
-    of_product = jax.jit(jax.grad(lambda x: settled(x * x, jnp.int32(0))))
+def test_what_is_not_fused_keeps_the_sign_of_zero_and_what_is_not_finite():
+    x = np.float32([-0.0, 0, np.nan, np.inf, -np.inf, 3])
+    got = np.asarray(jax.jit(unfused)(x, np.int32(0)))
+    np.testing.assert_array_equal(got.view(np.int32), x.view(np.int32))
+
+
+def test_what_is_not_fused_keeps_its_derivatives():
+    of_product = jax.jit(jax.grad(lambda x: unfused(x * x, jnp.int32(0))))
     assert of_product(np.float32(3)) == 6
 
 
@@ -32,6 +38,20 @@ def test_the_sum_of_the_weights_has_the_same_bits_in_every_program():
     for _ in range(60):
         want.append(decay * want[-1] + (1 - decay))
     np.testing.assert_array_equal(states.weight_sum, want[1:])
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 1, 3), (4, 2**28), (4, 2**30)])
+def test_a_share(shape):
+    """Also of more than int32 can count."""
+    some = np.reshape([True, False, True, True], (4, *[1] * len(shape[1:])))
+    share = jax.jit(lambda some: share_of(jnp.broadcast_to(some, shape), jnp.dtype(np.float32)))
+    assert share(some) == 0.75
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0)])
+def test_the_share_of_one_and_of_none(shape):
+    flags = np.ones(shape, bool)
+    assert share_of(jnp.asarray(flags), jnp.dtype(np.float32)) == flags.size
 
 
 def test_a_squared_modulus_is_real():

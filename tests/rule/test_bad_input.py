@@ -1,12 +1,14 @@
 """Every wrong argument, and the words with which it is refused."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from rmsprop_jax import rmsprop, scale_by_rms
+from rmsprop_jax import low_memory, rmsprop, scale_by_rms
 
 INF, NAN = float("inf"), float("nan")
 
@@ -173,6 +175,24 @@ def test_errors_of_structure_name_the_place_and_both_kinds(grads, params, messag
         state = tx.init(params if name == "nu" else grads)
         with pytest.raises(AssertionError, match=f"(?s){message.replace('nu', name)}"):
             tx.update(grads, state, params)
+
+
+def test_structures_that_differ_in_what_is_not_seen_are_told_apart():
+    class Node(NamedTuple):
+        w: float
+
+    ours, Node = Node, NamedTuple("Node", [("w", float)])
+    tx = rmsprop(0.1)
+    with pytest.raises(AssertionError, match=r"a Node of .*, nu has a Node of .* of another class"):
+        tx.update(Node(1.0), tx.init(ours(1.0)))
+
+
+def test_complex_gradients_are_refused_where_only_real_parameters_have_such_states():
+    x = jnp.ones((8, 512))
+    for storage in (low_memory.bfloat16(), low_memory.q8()):
+        tx = rmsprop(0.1, storage=storage)
+        with pytest.raises(AssertionError, match=r"gradient complex64\[8, 512\], nu"):
+            tx.update(x.astype(jnp.complex64), tx.init(x))
 
 
 def test_a_gradient_must_have_a_state():

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import pickle
 import types
 
@@ -149,7 +150,7 @@ def test_storages_made_by_equal_arguments_are_equal():
 
 def test_arrays_and_closures_are_equal_if_they_are_the_same():
     """What they hold may not be known, as inside jit, and is not looked at."""
-    array = jnp.float32(0.1)
+    array = rate = jnp.float32(0.1)
     assert rmsprop(array) == rmsprop(array)
     assert rmsprop(array) != rmsprop(jnp.float32(0.1))
     assert rmsprop(lambda count: 0.1) != rmsprop(lambda count: 0.1)
@@ -160,17 +161,78 @@ def test_arrays_and_closures_are_equal_if_they_are_the_same():
         assert rmsprop(rate) != rmsprop(other)
         return rate
 
-    traced(array, array)
+    traced(rate, rate)
 
-    class Unhashable:
-        __hash__ = None
+    for array in (jnp.int32(1), jnp.complex64(1)):
+        assert rmsprop(array, momentum=array) == rmsprop(array, momentum=array)
+    assert rmsprop(0.0) != rmsprop(-0.0)
 
-        def __call__(self, count):
-            return 0.1
 
-    schedule = Unhashable()
-    assert rmsprop(schedule) == rmsprop(schedule)
-    assert rmsprop(schedule) != rmsprop(Unhashable())
+class Odd:
+    """A schedule that nobody can compare or hash, and may change."""
+
+    def __init__(self, rate):
+        self.rate = rate
+
+    def __call__(self, count):
+        return jnp.float32(self.rate)
+
+    def at(self, count):
+        return self(count)
+
+
+class Unhashable(Odd):
+    __hash__ = None
+
+
+class Raises(Odd):
+    def __hash__(self):
+        raise ValueError("no hash")
+
+
+class Elementwise(Odd):
+    def __eq__(self, other):
+        return np.array([True, False])
+
+    def __hash__(self):
+        return 1
+
+
+@jax.tree_util.register_pytree_node_class
+class Table(Odd):
+    """With a NumPy array as static data."""
+
+    def tree_flatten(self):
+        return (self.rate,), np.array([1.0, 2.0])
+
+    @classmethod
+    def tree_unflatten(cls, data, leaves):
+        return cls(*leaves)
+
+
+def test_schedules_of_others_are_not_looked_into():
+    g = jnp.ones(2)
+    for kind in (
+        Odd,
+        Unhashable,
+        Raises,
+        Elementwise,
+        Table,
+        functools.partial(jax.tree_util.Partial, Odd(0.1)),
+    ):
+        one = kind(0.1)
+        for make in (rmsprop, dialects.pytorch, dialects.keras_legacy):
+            first = make(one)
+            assert make(one) == first
+            assert make(kind(0.1)) != first
+    changed = Table(0.1)
+    first, changed.rate = rmsprop(changed), 0.2
+    updates, _ = rmsprop(Table(0.1)).update(g, first.init(g))
+    np.testing.assert_allclose(updates, -0.1 / np.sqrt(0.1), rtol=1e-6)
+    assert rmsprop(changed.at) == rmsprop(changed.at)
+    for path in (Elementwise(0.1), Raises(0.1)):
+        rmsprop(0.1, storage=low_memory.q8(exempt=path))
+        rmsprop(0.1, storage=low_memory.q8(exempt=path))
 
 
 def test_nothing_keeps_a_transformation_alive():
@@ -183,10 +245,10 @@ def test_nothing_keeps_a_transformation_alive():
             return tx.update(x, tx.init(x))[0]
 
         final(jnp.float32(0.1))
-    before = len(_transformation._FUNCTIONS)
+    before = len(_transformation._UPDATES)
     for rate in np.linspace(0.2, 0.3, 50):
         rmsprop(rate)
-    assert len(_transformation._FUNCTIONS) == before
+    assert len(_transformation._UPDATES) == before
 
 
 def test_init_and_update_are_functions_that_close_over_the_hyperparameters():

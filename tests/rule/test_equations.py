@@ -106,6 +106,25 @@ def test_cautious_steps_grow_a_thousandfold_at_most(subtests):
     assert np.all(np.isfinite(updates))  # where a thousandfold is beyond the largest number
 
 
+def test_cautious_with_a_learning_rate_that_may_be_negative(subtests):
+    """It is right up the gradient then; 0 takes the buffer's steps as a positive one does."""
+    forms = [
+        {"eps": 1e-3, "momentum": 0.9, "cautious": True, "nesterov": nesterov, **others}
+        for nesterov in (False, True)
+        for others in ({}, {"lr_in_momentum": False}, {"maximize": True, "centered": True})
+    ]
+    assert_equal(subtests, forms, gradients(30), START, rate=-0.01)
+    rates = np.resize(np.repeat([0.01, -0.01, 0, -0.02], 4), 30)
+    with jax.enable_x64(True):
+        table = jnp.asarray(rates)
+        txs = {str(form): rmsprop(lambda count: table[count], **form) for form in forms}
+        got, _ = run_all(txs, gradients(30), START)
+    for form in forms:
+        with subtests.test(form=form, rate="scheduled"):
+            want = reference.run(gradients(30), START, learning_rate=rates, **form)
+            assert_close(got[str(form)], want, 1e-11, 1e-13)
+
+
 def test_every_decay(subtests):
     forms = [
         {"decay": decay, "centered": centered, "initial_scale": 1.0, "eps": 1e-2}

@@ -203,7 +203,8 @@ def test_zero1(axis_type, plain, subtests):
     check(subtests, params, state, everywhere, wanted)
     found = collectives(program)
     assert set(found) <= {"all-reduce", "reduce-scatter", "all-gather"}
-    assert 1 <= found["all-gather"] <= PARTED * len(txs)
+    counts = 2 * PARTED if "cautious" in txs else 0  # two numbers a shard, on CPUs
+    assert 1 <= found["all-gather"] <= PARTED * len(txs) + counts
 
 
 def pmapped(txs, reduce):

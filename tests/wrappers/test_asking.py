@@ -8,8 +8,8 @@ import optax
 import pytest
 
 from rmsprop_jax import describe, dialects, recipes, rmsprop, sharding
+from rmsprop_jax._asking import ask_without_params
 from rmsprop_jax._rule import rules_of
-from rmsprop_jax._transformation import stand_in
 
 PARAMS = {"w": jnp.ones(3), "v": jnp.ones(2)}
 LABELS = {"w": "a", "v": "b"}
@@ -65,6 +65,14 @@ def jitted(tx):
     return optax.GradientTransformation(jax.jit(tx.init), jax.jit(tx.update))
 
 
+def with_init(tx, call):
+    return optax.GradientTransformation(lambda params: call(tx.init, params), tx.update)
+
+
+def zeros_of(init, params):
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(init, params))
+
+
 def both_of(*wrapped):
     """A wrapper of several transformations of which bound methods are all that it has."""
 
@@ -105,7 +113,26 @@ WRAPPERS = {
     "default argument": (by_default(A), [A]),
     "slots": (Slotted(A), [A]),
     "jit": (jitted(A), [A]),
-    "jit again": (jitted(A), [A]),
+    "eval_shape": (with_init(A, zeros_of), [A]),
+    "checkpoint": (with_init(A, lambda init, params: jax.checkpoint(init)(params)), [A]),
+    "cond": (with_init(A, lambda init, params: jax.lax.cond(True, init, init, params)), [A]),
+    "make_jaxpr": (with_init(A, lambda init, p: jax.make_jaxpr(init)(p) and init(p)), [A, A]),
+    "vmap": (
+        with_init(A, lambda init, p: jax.vmap(init)(jax.tree.map(lambda x: x[None], p))),
+        [A],
+    ),
+    "a name in the state": (
+        with_init(A, lambda init, params: {"name": "x", "state": init(params)}),
+        [A],
+    ),
+    "a state for each leaf": (
+        with_init(A, lambda init, params: jax.tree.map(init, params)),
+        [A, A],
+    ),
+    "a state for each name": (
+        with_init(A, lambda init, params: {name: init(p) for name, p in params.items()}),
+        [A, A],
+    ),
     "recipe": (recipes.torchbeast(10), [recipes.torchbeast(10).part.tx]),
     "zero1": (sharding.zero1(A, MESH, "data"), [A]),
     "zero1_mapped": (sharding.zero1_mapped(optax.chain(A), "data"), [A]),
@@ -127,10 +154,11 @@ def test_every_rule_is_found_and_no_other(subtests):
                 continue
             for _ in range(2):  # the second time, whatever is compiled is
                 assert forms(rules_of(tx, PARAMS)) == forms(rule.part for rule in rules)
-            said = describe(tx, PARAMS).split("\n\n")
-            assert len(said) == len(rules)
-            if stand_in(tx.init) is not None:
-                assert describe(tx).split("\n\n") == said
+                said = describe(tx, PARAMS).split("\n\n")
+                assert len(said) == len({id(rule) for rule in rules})
+                if ask_without_params(tx.init) is not None:
+                    assert describe(tx).split("\n\n") == said
+                    assert name != "a state for each name"  # which has no names without them
 
 
 def test_the_optimizers_of_others_are_none_of_ours():
@@ -177,10 +205,14 @@ def test_cautious_rules_are_refused_wherever_they_are():
     def of_first(tx):
         return optax.GradientTransformation(lambda params: tx.init(params["w"]), tx.update)
 
-    # Where nothing is known without parameters, it is when they come.
-    late = sharding.zero1_mapped(of_first(cautious), "data")
+    # Where nothing is known without parameters, it is when they come, also in a restored state.
+    tx = of_first(cautious)
+    late, rows = sharding.zero1_mapped(tx, "data"), jax.tree.map(lambda p: p[None], PARAMS)
     with pytest.raises(ValueError, match="tx must not be cautious"):
-        jax.vmap(late.init, axis_name="data")(jax.tree.map(lambda p: p[None], PARAMS))
+        jax.vmap(late.init, axis_name="data")(rows)
+    with pytest.raises(ValueError, match="tx must not be cautious"):
+        jax.vmap(late.update, axis_name="data")(rows, jax.vmap(tx.init)(rows))
+    sharding.zero1_mapped(with_init(A, lambda init, p: {n: init(x) for n, x in p.items()}), "data")
     with pytest.raises(ValueError, match="tx must not have zero1 or zero1_mapped inside it"):
         sharding.zero1(of_first(sharding.zero1(A, MESH, "data")), MESH, "data").init(PARAMS)
     with pytest.raises(TypeError, match="tx must be an RMSProp of rmsprop_jax or have one in it"):
@@ -203,3 +235,27 @@ def test_asking_computes_nothing_and_leaves_no_tracer():
         jax.jit(lambda params: rules_of(tx, params) and params)(PARAMS)
     assert not called
     assert not any(isinstance(x, jax.core.Tracer) for rule in rules for x in jax.tree.leaves(rule))
+
+
+def test_functions_that_were_rebuilt_are_of_the_same_part():
+    """As by programs that map over a tree with a transformation in it."""
+    where = jax.sharding.NamedSharding(MESH, jax.P())
+    for tx in (A, sharding.zero1(A, MESH, "data")):
+        for rebuilt in (jax.tree.map(lambda function: function, tx), tx._replace(), type(tx)(*tx)):
+            assert rebuilt.part is tx.part
+            assert sharding.state_sharding(rebuilt, PARAMS, where).nu["w"] == where
+    assert A._replace(update=B.update).part is None
+    assert A._replace(init=B.init).part is None
+
+
+def test_what_is_beside_a_rule_is_told_of_it_alone():
+    """Whichever is called first."""
+
+    def init(params):
+        b = B.init(params)
+        return optax.chain(optax.clip(1.0), A).init(params), b
+
+    tx = optax.GradientTransformation(init, A.update)
+    first, second = describe(tx, PARAMS).split("\n\n")
+    assert first == describe(B)
+    assert second == describe(A) + "\nand 1 other transformation before it, not described"

@@ -240,13 +240,23 @@ def test_no_two_buffers_are_shared_and_all_can_be_donated(storage):
         {"bias_correction": True, "momentum": 0.9},
         {"weight_decay": 0.1, "decoupled_weight_decay": True},
         {"weight_decay": 0.1, "centered": True, "momentum": 0.9},
+        *(
+            {"momentum": 0.9, "nesterov": nesterov, "cautious": cautious, **others}
+            for nesterov, cautious in ((True, False), (False, True), (True, True))
+            for others in (
+                {},
+                {"eps_in_sqrt": False, "lr_in_momentum": False, "weight_decay": 0.1},
+                {"centered": True, "bias_correction": True},
+                {"weight_decay": 0.1, "decoupled_weight_decay": True, "lr_in_momentum": False},
+            )
+        ),
     ],
     ids=str,
 )
 def test_a_donated_step_needs_no_memory_beside_its_buffers(form):
     """XLA:CPU copies a slot that it computes twice; the order of operations prevents that."""
     tx = rmsprop(0.1, **form)
-    x = jnp.ones(1 << 16)
+    x = [jnp.ones(1 << 16), jnp.ones((300, 170))]
     carry = (x, tx.init(x))
     donating = jax.jit(functools.partial(step, tx), donate_argnums=0)
     program = donating.lower(carry, x).compile()

@@ -3,6 +3,7 @@
 import contextlib
 
 import jax
+from jax.experimental import checkify
 import numpy as np
 import optax
 import pytest
@@ -71,6 +72,41 @@ def test_strict_settings(setting, jit, subtests):
                     assert u.dtype == PARAMS[leaf].dtype
                     assert np.all(np.isfinite(u))
                     assert np.any(u != 0)
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_checkify_with_checks_of_what_is_traced(jit, subtests):
+    """It finds nothing in an update, nor in its derivative."""
+    tx, params, grads = side_by_side(TXS), dict.fromkeys(TXS, PARAMS), dict.fromkeys(TXS, GRADS)
+
+    def total(grads, states):
+        updates, _ = tx.update(grads, states, params)
+        return optax.tree.sum(jax.tree.map(lambda u: u.real.astype(np.float32), updates))
+
+    functions = {"update": lambda *args: tx.update(*args, params), "grad": jax.grad(total)}
+    states = tx.init(params)
+    for name, f in functions.items():
+        with subtests.test(name):
+            jax.clear_caches()  # what was traced before was not checked
+            f = checkify.checkify(f, errors=checkify.all_checks)
+            with setting_of("jax_enable_checks", True):
+                error, _ = (jax.jit(f) if jit else f)(grads, states)
+            error.throw()
+
+
+@pytest.mark.parametrize(
+    "number",
+    [-3.0, 1 + 2j, np.float16(2), np.float64(2), np.asarray(2.0), np.full((2, 32), 1j)],
+    ids=lambda number: f"{type(number).__name__}{np.shape(number)}",
+)
+def test_numbers_and_numpy_arrays_are_as_with_jit_where_it_is_disabled(number, subtests):
+    for name, tx in TXS.items():
+        with subtests.test(tx=name):
+            want = tx.update(number, tx.init(number), number)
+            with jax.disable_jit():
+                got = tx.update(number, tx.init(number), number)
+            assert types(got) == types(want)
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-6), got, want)
 
 
 def test_under_default_promotion(default_promotion):

@@ -1,0 +1,146 @@
+"""Which parts of this library are in a transformation: it is asked, not taken apart.
+
+Every part reports itself when its ``init`` or ``update`` is called, wherever it is. So who calls
+those of a wrapper, without computing anything, hears of all that is in it, and of nothing else.
+"""
+
+from collections.abc import Callable, Iterator
+import contextlib
+import contextvars
+import functools
+import itertools
+from typing import Any, NamedTuple, Protocol
+
+import jax
+from jax.experimental.xla_metadata import set_xla_metadata
+import jax.numpy as jnp
+import optax
+
+from rmsprop_jax._types import PyTree
+
+Init = Callable[[optax.Params], optax.OptState]
+
+
+class Part(Protocol):
+    """The two functions of a transformation as methods; a pytree with all that they depend on."""
+
+    def init(self, params: optax.Params) -> Any:
+        """The state before the first step."""
+
+    def update(
+        self,
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, Any]:
+        """The updates of a step, and the state after it."""
+
+
+class Report(NamedTuple):
+    """A part, and the state that its init gave; None if it was an update."""
+
+    part: Part
+    state: optax.OptState
+
+
+_REPORTS: contextvars.ContextVar[list[Report] | None] = contextvars.ContextVar(
+    "rmsprop_jax_reports", default=None
+)
+_ASKED: contextvars.ContextVar[bool] = contextvars.ContextVar("rmsprop_jax_asked", default=False)
+_QUESTIONS = itertools.count()
+
+
+def report(part: Any, state: optax.OptState = None) -> None:
+    """Tells whoever has asked that a part is here."""
+    found = _REPORTS.get()
+    if found is not None:
+        found.append(Report(part, state))
+
+
+def is_asked() -> bool:
+    """Whether init is called only to learn which parts are in a transformation."""
+    return _ASKED.get()
+
+
+@contextlib.contextmanager
+def reports() -> Iterator[list[Report]]:
+    """What reports itself in this context.
+
+    There everything is traced anew, or run as it is written: a trace that was kept reports nothing.
+    """
+    found: list[Report] = []
+    token = _REPORTS.set(found)
+    try:
+        with jax.disable_jit(), set_xla_metadata(rmsprop_jax=str(next(_QUESTIONS))):
+            yield found
+    finally:
+        _REPORTS.reset(token)
+
+
+def ask(init: Init, params: optax.Params) -> tuple[list[Part], PyTree]:
+    """The parts that init calls, and the shapes and dtypes of its state.
+
+    Nothing is computed. What is known only when it is, stands as a ``jax.ShapeDtypeStruct`` in a
+    part: hyperparameters that ``optax.inject_hyperparams`` has in its state.
+    """
+    leaves: list[Any]
+    structure: Any
+    leaves, structure = jax.tree.flatten(params)
+    numbers = [i for i, leaf in enumerate(leaves) if hasattr(leaf, "dtype")]
+    answer: list[Any] = []
+
+    def traced(arrays: list[jax.Array]) -> None:
+        known = dict(zip(numbers, arrays, strict=True))
+        params = structure.unflatten([known.get(i, leaf) for i, leaf in enumerate(leaves)])
+        with reports() as found:
+            state = init(params)
+        answer.extend(map(untraced, ([part for part, _ in found], state)))
+
+    token = _ASKED.set(True)
+    try:
+        jax.eval_shape(traced, [leaves[i] for i in numbers])
+    finally:
+        _ASKED.reset(token)
+    parts, state = answer
+    return parts, state
+
+
+def ask_without_params(init: Init) -> list[Part] | None:
+    """The parts that init calls for trees that stand in for parameters; None if that says nothing.
+
+    With a tree of masks or labels a wrapper takes only what has its form, or what Optax itself
+    gives to an init of unknown parameters.
+    """
+    found: list[list[Part]] = []
+    trees: list[PyTree] = [_placeholder(), {}, jax.ShapeDtypeStruct((1,), jnp.float32)]
+    for tree in trees:
+        with contextlib.suppress(Exception):  # whatever a wrapper raises for want of its own tree
+            found.append(ask(init, tree)[0])
+    most = max(found, key=len, default=[])
+    return most if most or len(found) == len(trees) else None
+
+
+@functools.cache
+def _placeholder() -> PyTree:
+    """What Optax gives to an init of unknown parameters, and its wrappers know."""
+    found: list[PyTree] = []
+
+    def init(params: optax.Params) -> tuple[()]:
+        found.append(params)
+        return ()
+
+    optax.tree.map_params(init, lambda param: param, ())
+    return found[0]
+
+
+def untraced(tree: PyTree) -> PyTree:
+    """A tree with the shapes and dtypes of what is traced in it."""
+    return jax.tree.map(
+        lambda leaf: (
+            jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+            if isinstance(leaf, jax.core.Tracer)
+            else leaf
+        ),
+        tree,
+    )
