@@ -24,6 +24,12 @@ from libraries import FORMS
 from rmsprop_jax import low_memory, rmsprop
 from trees import ONE_LEAF, TREES, Shapes, parameters
 
+# Of these only what a step needs on top is of interest: their state is that of momentum.
+STEPS: dict[str, dict[str, Any]] = {
+    "nesterov": {"momentum": 0.9, "nesterov": True},
+    "cautious": {"momentum": 0.9, "cautious": True},
+    "nesterov, cautious": {"momentum": 0.9, "nesterov": True, "cautious": True},
+}
 STORAGES = {"float32": None, "bfloat16": low_memory.bfloat16(), "q8": low_memory.q8()}
 
 
@@ -40,10 +46,12 @@ def bitsandbytes(shapes: Shapes) -> float:
     return held / sum(sizes)
 
 
-def transformations(form: str) -> dict[str, optax.GradientTransformation]:
-    switches: dict[str, Any] = FORMS[form]
+def transformations(form: str) -> dict[str, optax.GradientTransformation | None]:
+    """None for what Optax has not."""
+    switches: dict[str, Any] = (FORMS | STEPS)[form]
     ours = {name: rmsprop(1e-3, **switches, storage=storage) for name, storage in STORAGES.items()}
-    return {"optax": optax.rmsprop(1e-3, **switches)} | ours
+    theirs = None if "cautious" in switches else optax.rmsprop(1e-3, **switches)
+    return {"optax": theirs} | ours
 
 
 def main(argv: Sequence[str] | None = None) -> list[_results.Row]:
@@ -54,15 +62,18 @@ def main(argv: Sequence[str] | None = None) -> list[_results.Row]:
         one_leaf = [(64, 64)]
         networks = {"one leaf": one_leaf, "two leaves": [(64, 64), (8,)]}
     rows = []
-    for form in tqdm(FORMS, unit="form"):
+    for form in tqdm(FORMS | STEPS, unit="form"):
         txs = transformations(form)
         for name, shapes in networks.items():
+            if form in STEPS and shapes != one_leaf:
+                continue
             row = {"parameters": name, "form": form}
-            row |= {f"state, {which}": f"{state(tx, shapes):.3f}" for which, tx in txs.items()}
+            for which, tx in txs.items():
+                row[f"state, {which}"] = f"{state(tx, shapes):.3f}" if tx else ""
             row["state, bitsandbytes"] = f"{bitsandbytes(shapes):.3f}" if form == "plain" else ""
             for which, tx in txs.items():
                 temporary = ""
-                if shapes == one_leaf:
+                if tx and shapes == one_leaf:
                     temporary = f"{libraries.of(tx, shapes).temporary / parameters(shapes):.2f}"
                 row[f"temporary, {which}"] = temporary
             rows.append(row)
