@@ -138,7 +138,7 @@ def counterparts(
     tree: PyTree,
     *,
     real: bool = False,
-    dtypes: Collection[Any] | None = None,
+    dtypes: Collection[jnp.dtype] | None = None,
 ) -> list[Any]:
     """The leaves of a tree, asserted by chex to belong to the gradients.
 
@@ -255,7 +255,7 @@ def _type(leaf: Any) -> _Type:
     return _Type(None, None, None)
 
 
-def _belongs(grad: _Type, slot: Any, real: bool, dtypes: Collection[Any] | None) -> bool:
+def _belongs(grad: _Type, slot: Any, real: bool, dtypes: Collection[jnp.dtype] | None) -> bool:
     other = _type(slot)
     if grad.dtype == jax.dtypes.float0:
         return other.kind is None

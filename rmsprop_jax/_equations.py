@@ -31,6 +31,7 @@ import jax.numpy as jnp
 
 from rmsprop_jax._arrays import abs2, by_parts, clip, narrow, share_of, unfused, widen
 from rmsprop_jax._storage import Draw, Slot, Storage
+from rmsprop_jax._types import Hyperparameter
 
 
 class Variant(NamedTuple):
@@ -51,11 +52,11 @@ class Variant(NamedTuple):
 class Hyper(NamedTuple):
     """The scalars, named like the arguments; None for a term that is not there."""
 
-    learning_rate: Any
-    decay: Any
-    eps: Any
-    momentum: Any
-    weight_decay: Any
+    learning_rate: Hyperparameter
+    decay: Hyperparameter
+    eps: Hyperparameter
+    momentum: Hyperparameter
+    weight_decay: Hyperparameter
 
 
 class Slots(NamedTuple):

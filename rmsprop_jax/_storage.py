@@ -11,8 +11,10 @@ from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 import jax
 from jax import lax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from rmsprop_jax._arrays import clip
+from rmsprop_jax._types import PyTree, Scalar
 
 Slot = Any  # an array, or something Packed
 
@@ -28,7 +30,7 @@ class Packed(abc.ABC):
         """The values."""
 
     @abc.abstractmethod
-    def encode(self, values: Any) -> Any:
+    def encode(self, values: ArrayLike) -> Any:
         """A slot of the same form that holds values as well as it can."""
 
 
@@ -45,11 +47,11 @@ class Joined(abc.ABC):
         """The names of what in it is no such tree."""
 
     @abc.abstractmethod
-    def slots(self) -> Any:
+    def slots(self) -> PyTree:
         """The slots, in a tree like the parameters."""
 
     @abc.abstractmethod
-    def with_slots(self, slots: Any) -> Any:
+    def with_slots(self, slots: PyTree) -> PyTree:
         """The field with other slots, of which some may be its own."""
 
 
@@ -58,12 +60,12 @@ def is_packed(value: Any) -> bool:
     return isinstance(value, Packed)
 
 
-def slots_of(field: Any) -> Any:
+def slots_of(field: PyTree) -> PyTree:
     """The slots of a field of the state, in a tree like the parameters."""
     return field.slots() if isinstance(field, Joined) else field
 
 
-def with_slots(field: Any, slots: Any) -> Any:
+def with_slots(field: PyTree, slots: PyTree) -> PyTree:
     """A field of the state with other slots in the place of its own."""
     return field.with_slots(slots) if isinstance(field, Joined) else slots
 
@@ -98,11 +100,11 @@ class Storage(Protocol):
         """The fields of the state that join makes into something Joined."""
 
     @property
-    def dtypes(self) -> Collection[Any]:
+    def dtypes(self) -> Collection[jnp.dtype]:
         """The real dtypes that a slot may have."""
 
     def init(
-        self, param: jax.Array, value: Any, *, field: str, path: str, real: bool = False
+        self, param: jax.Array, value: Scalar, *, field: str, path: str, real: bool = False
     ) -> Slot:
         """A slot full of value, placed like param; complex if param is, unless it must be real.
 
@@ -110,7 +112,7 @@ class Storage(Protocol):
         mu must be precise if there is a nu beside it that is a variance. path is the leaf's.
         """
 
-    def join(self, slots: Any, *, field: str) -> Any:
+    def join(self, slots: PyTree, *, field: str) -> PyTree:
         """A field of the state from the slots that init has made, in a tree like the parameters."""
 
     def dtype(self, slot: Slot) -> jnp.dtype:
@@ -138,7 +140,7 @@ class Float32:
     def init(
         self,
         param: jax.Array,
-        value: Any,
+        value: Scalar,
         *,
         field: str = "",  # noqa: ARG002
         path: str = "",  # noqa: ARG002
@@ -148,10 +150,10 @@ class Float32:
         dtype = jnp.float64 if wide else jnp.float32
         if jnp.iscomplexobj(param) and not real:
             dtype = jnp.complex128 if wide else jnp.complex64
-            value = value * (1 + 1j)
+            return full_like(param, value * (1 + 1j), dtype)
         return full_like(param, value, dtype)
 
-    def join(self, slots: Any, *, field: str) -> Any:
+    def join(self, slots: PyTree, *, field: str) -> PyTree:
         del field
         return slots
 
@@ -176,7 +178,7 @@ class Float32:
 FLOAT32 = Float32()
 
 
-def full_like(param: jax.Array, value: Any, dtype: Any) -> jax.Array:
+def full_like(param: jax.Array, value: complex | jax.Array, dtype: Any) -> jax.Array:
     """An array full of value, of the shape of param and placed like it, eagerly and traced."""
     if not isinstance(param, jax.core.Tracer):
         return jnp.full_like(param, value, dtype=dtype)

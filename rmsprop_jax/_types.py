@@ -7,4 +7,5 @@ import jax
 
 PyTree = Any  # of arrays, or of what stands for each of them: a sharding, a slot, a name
 Scalar = float | jax.Array
-ScalarOrSchedule = Scalar | Callable[[jax.Array], Any]  # a hyperparameter
+ScalarOrSchedule = Scalar | Callable[[jax.Array], Any]
+Hyperparameter = Any  # one of these, or None; in a step an array, or None

@@ -12,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import numpy as np
 
 from rmsprop_jax._storage import Joined, Slot, is_packed
+from rmsprop_jax._types import PyTree
 from rmsprop_jax.low_memory._blocks import block_of, divides_shards
 from rmsprop_jax.low_memory._eight_bit import EightBit, per_block
 
@@ -29,15 +30,15 @@ class Blocked(NamedTuple):
       scales: float32 in [1, 2), one for each leaf.
     """
 
-    codes: Any
-    exponents: Any
+    codes: PyTree
+    exponents: PyTree
     scales: jax.Array
 
     @property
     def shared(self) -> Collection[str]:
         return ("scales",)
 
-    def slots(self) -> Any:
+    def slots(self) -> PyTree:
         structure: Any
         leaves, structure = jax.tree.flatten(self.codes)
         exponents = structure.flatten_up_to(self.exponents)
@@ -48,7 +49,7 @@ class Blocked(NamedTuple):
             slots.append(code if plain else slot)
         return structure.unflatten(slots)
 
-    def with_slots(self, slots: Any) -> "Blocked":
+    def with_slots(self, slots: PyTree) -> "Blocked":
         """The field with other slots: of each the scales are those of the field, or new.
 
         They are the field's where a leaf was left out of a step, and all new ones are the same.
@@ -72,7 +73,7 @@ with contextlib.suppress(ValueError):  # registered already, if this module is r
     export.register_namedtuple_serialization(Blocked, serialized_name="rmsprop_jax.Blocked")
 
 
-def blocked(slots: Any, block: int) -> Blocked:
+def blocked(slots: PyTree, block: int) -> Blocked:
     """The field of slots that were just made, which all have the same scale."""
     found = jax.tree.leaves(slots, is_leaf=is_packed)
     scale = next((slot.scales[0] for slot in found if is_packed(slot)), 1.0)
@@ -99,7 +100,7 @@ def _beside(scales: jax.Array, array: jax.Array) -> jax.Array:
     return jax.device_put(scales, sharding)
 
 
-def _codes(slots: Any) -> Any:
+def _codes(slots: PyTree) -> PyTree:
     return jax.tree.map(
         lambda slot: slot.codes if is_packed(slot) else slot, slots, is_leaf=is_packed
     )

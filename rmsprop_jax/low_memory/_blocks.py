@@ -2,7 +2,6 @@
 
 import functools
 import math
-from typing import Any
 
 import jax
 
@@ -28,12 +27,12 @@ def view_of(shape: tuple[int, ...], block: int) -> tuple[int, ...]:
     return (*shape[:-1], shape[-1] // block, block // window, window)
 
 
-def divides_shards(param: Any, block: int) -> bool:
+def divides_shards(param: jax.Array, block: int) -> bool:
     """Whether blocks divide the shards of an array, as far as its sharding is known."""
     return _shard(param) % block == 0
 
 
-def check_shards(param: Any, block: int, asked: int, path: str) -> None:
+def check_shards(param: jax.Array, block: int, asked: int, path: str) -> None:
     """Refuses blocks that do not fit, and says which do."""
     if divides_shards(param, block):
         return
@@ -49,7 +48,7 @@ def check_shards(param: Any, block: int, asked: int, path: str) -> None:
     )
 
 
-def _shard(param: Any) -> int:
+def _shard(param: jax.Array) -> int:
     """How much of its last axis a device has."""
     typed = jax.typeof(param) if isinstance(param, jax.core.Tracer) else param
     sharding = getattr(typed, "sharding", None)

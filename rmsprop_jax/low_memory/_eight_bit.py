@@ -19,9 +19,11 @@ from typing import Any, NamedTuple
 import jax
 from jax import lax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from rmsprop_jax._arrays import clip, unfused
 from rmsprop_jax._storage import Packed, full_like
+from rmsprop_jax._types import Scalar
 from rmsprop_jax.low_memory._blocks import view_of
 from rmsprop_jax.low_memory._random import random_bits
 
@@ -63,7 +65,7 @@ class EightBit(NamedTuple):
     def decode(self) -> jax.Array:
         return clip(self.scales[self.leaf] * _numbers(self), _LARGEST).reshape(self.shape)
 
-    def encode(self, values: Any) -> "EightBit":
+    def encode(self, values: ArrayLike) -> "EightBit":
         """Each value rounded to the nearest number; what is not finite, or not allowed, to 0."""
         values = jnp.asarray(values, jnp.float32)
         values = jnp.where(jnp.isfinite(values), values, 0)
@@ -73,14 +75,14 @@ class EightBit(NamedTuple):
             return _rounded(ones, a, _max(abs(a)), jnp.int32(1 << (_CUT - 1)))
 
 
-def eight_bit_like(param: jax.Array, value: Any, block: int, *, signed: bool) -> EightBit:
+def eight_bit_like(param: jax.Array, value: Scalar, block: int, *, signed: bool) -> EightBit:
     """A slot full of value, which it holds exactly, placed like param; signed ones start at 0."""
     code, exponent, scale = _constant(jnp.asarray(0 if signed else value, jnp.float32))
     codes = full_like(param, code, jnp.int8 if signed else jnp.uint8)
     return EightBit(codes, per_block(param, block, exponent), scale[None], 0)
 
 
-def per_block(like: Any, block: int, value: Any) -> jax.Array:
+def per_block(like: jax.Array, block: int, value: Scalar) -> jax.Array:
     """An array of uint8 full of value, of a number a block, placed like another."""
     if block == 1:
         return full_like(like, value, jnp.uint8)

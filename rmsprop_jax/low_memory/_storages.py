@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from rmsprop_jax._arrays import unfused
 from rmsprop_jax._storage import FLOAT32, Draw, Slot, Storage, full_like, is_packed
+from rmsprop_jax._types import PyTree, Scalar
 from rmsprop_jax.low_memory._bfloat16 import accumulate_bfloat16
 from rmsprop_jax.low_memory._blocked import blocked
 from rmsprop_jax.low_memory._blocks import block_of, check_shards
@@ -35,11 +36,11 @@ class LowMemory(abc.ABC):
         return ()
 
     @property
-    def dtypes(self) -> Collection[Any]:
+    def dtypes(self) -> Collection[jnp.dtype]:
         return FLOAT32.dtypes | {jnp.dtype(jnp.bfloat16)}
 
     def init(
-        self, param: jax.Array, value: Any, *, field: str, path: str, real: bool = False
+        self, param: jax.Array, value: Scalar, *, field: str, path: str, real: bool = False
     ) -> Slot:
         exempt = self.exempt is not None and self.exempt(path)
         shape = getattr(param, "shape", ())
@@ -48,10 +49,10 @@ class LowMemory(abc.ABC):
         return self._small(param, value, field, path)
 
     @abc.abstractmethod
-    def _small(self, param: jax.Array, value: Any, field: str, path: str) -> Slot:
+    def _small(self, param: jax.Array, value: Scalar, field: str, path: str) -> Slot:
         """A slot of a leaf that may be held in fewer bits."""
 
-    def join(self, slots: Any, *, field: str) -> Any:
+    def join(self, slots: PyTree, *, field: str) -> PyTree:
         del field
         return slots
 
@@ -94,7 +95,7 @@ class LowMemory(abc.ABC):
 class Bfloat16(LowMemory):
     """Every slot in bfloat16."""
 
-    def _small(self, param: jax.Array, value: Any, field: str, path: str) -> jax.Array:
+    def _small(self, param: jax.Array, value: Scalar, field: str, path: str) -> jax.Array:
         del field, path
         return full_like(param, value, jnp.bfloat16)
 
@@ -106,7 +107,7 @@ class Q8(LowMemory):
     block: int
     min_size: int
 
-    def _small(self, param: jax.Array, value: Any, field: str, path: str) -> Slot:
+    def _small(self, param: jax.Array, value: Scalar, field: str, path: str) -> Slot:
         if math.prod(param.shape) < self.min_size:
             return FLOAT32.init(param, value)
         if field == "mu":  # a variance beside it would be of the error of 8 bits
@@ -122,7 +123,7 @@ class Q8(LowMemory):
     def joins(self) -> Collection[str]:
         return "nu", "trace"
 
-    def join(self, slots: Any, *, field: str) -> Any:
+    def join(self, slots: PyTree, *, field: str) -> PyTree:
         return blocked(slots, self.block) if field in self.joins else slots
 
 
