@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from jax import ShapeDtypeStruct
 import optax
 
 from rmsprop_jax import dialects
@@ -86,8 +87,16 @@ def check_rules(
             differ = {n: v for n, v in _switches(rule).items() if all(o[n] != v for o in switches)}
             raise ValueError(
                 f"param_groups[{index}] has {differ or _switches(rule)}, but tx has not: "
-                "build tx with these, or convert with strict=False"
+                f"build tx with these, or convert with strict=False{static_args(ours)}"
             )
+
+
+def static_args(rules: Sequence[Rule]) -> str:
+    """What an error adds if a 0 that would mean no such term may have become an array."""
+    for name in ("momentum", "weight_decay"):
+        if any(isinstance(getattr(rule.hyper, name), ShapeDtypeStruct) for rule in rules):
+            return f"; optax.inject_hyperparams leaves {name} alone if static_args names it"
+    return ""
 
 
 def lr_in_momentum(groups: Sequence[Group], rule_of: Callable[[Group], Rule]) -> bool:

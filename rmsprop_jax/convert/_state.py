@@ -15,6 +15,7 @@ from rmsprop_jax._checks import leaf_name
 from rmsprop_jax._rule import RMSPropState, Rule, is_ours, rules_in, rules_of
 from rmsprop_jax._schedule import real
 from rmsprop_jax._storage import Slot, is_packed, slots_of, with_slots
+from rmsprop_jax.convert._groups import static_args
 from rmsprop_jax.convert._mapping import (
     Leaf,
     LeafMapping,
@@ -64,7 +65,7 @@ def to_ours(
     foreign: Foreign, params: optax.Params, mapping: LeafMapping, tx: optax.GradientTransformation
 ) -> optax.OptState:
     """The state of tx after init, with what the framework remembers in every RMSPropState."""
-    rules_of(tx, params)
+    rules = rules_of(tx, params)
     start = _at_step(tx.init(params), foreign.steps)
     leaves = resolve(*with_state(mapping, params))
     refuse_unmapped(foreign.entries, leaves)
@@ -90,7 +91,9 @@ def to_ours(
                 if (ours is None) != (theirs is None) and not idle:
                     kind = {"mu": "centered", "trace": "momentum"}[needed]
                     has, lacks = ("the source", "tx") if ours is None else ("tx", "the source")
-                    raise ValueError(f"{has} has {kind} for {name!r}, which {lacks} has not")
+                    raise ValueError(
+                        f"{has} has {kind} for {name!r}, which {lacks} has not{static_args(rules)}"
+                    )
             value = _slot(field, entry, leaves[where], old, foreign.weight_sum or 1.0)
             return place(old, value * scale if field == "trace" else value)
 

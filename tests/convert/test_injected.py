@@ -31,6 +31,12 @@ def test_a_run_of_pytorch_goes_on_and_back():
         np.testing.assert_array_equal(back["state"][0][name], value)
     with pytest.raises(ValueError, match=r"param_groups\[0\] has {'momentum': True}, but tx has"):
         convert.from_pytorch(GIVEN, PARAMS, MAPPING, INJECTED(lr=0.01))
+    given = {"state": {0: {"step": 5, "square_avg": [4.0, 9.0]}}}
+    given["param_groups"] = [GROUP | {"momentum": 0}]
+    hidden = optax.inject_hyperparams(dialects.pytorch)(lr=0.01)  # its 0 is an array now
+    for strict in (True, False):
+        with pytest.raises(ValueError, match="leaves momentum alone if static_args names it"):
+            convert.from_pytorch(given, PARAMS, MAPPING, hidden, strict=strict)
     assert describe(tx).startswith("s <- decay s + (1 - decay) g^2")
 
 
