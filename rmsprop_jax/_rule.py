@@ -13,8 +13,9 @@ from jax.tree_util import KeyPath
 import numpy as np
 import optax
 
-from rmsprop_jax import _checks, _equations
+from rmsprop_jax import _checks, _equations, _gradients
 from rmsprop_jax._asking import Part, ask
+from rmsprop_jax._leaves import leaf_name
 from rmsprop_jax._schedule import real
 from rmsprop_jax._storage import Slot, is_packed, slots_of, with_slots
 from rmsprop_jax._types import PyTree, Scalar
@@ -68,7 +69,7 @@ class Rule(NamedTuple):
             def slot(path: KeyPath, param: Any) -> Slot | None:
                 if not _checks.is_trained(path, param):
                     return None
-                name = _checks.leaf_name(path)
+                name = leaf_name(path)
                 return storage.init(param, value, field=field, path=name, real=is_real)
 
             slots = jax.tree_util.tree_map_with_path(slot, params)
@@ -100,19 +101,19 @@ class Rule(NamedTuple):
         if self.hyper.weight_decay is not None and params is None:
             raise ValueError("weight_decay needs the parameters: call update(grads, state, params)")
 
-        grads = _checks.gradients(updates)
+        grads = _gradients.gradients(updates)
         nothing = [None] * len(grads.leaves)
 
         def held_of(field: str) -> list[Any]:
             slots = slots_of(getattr(state, field))
             is_real = field == "nu" and not variant.split_complex
-            return _checks.counterparts(grads, field, slots, real=is_real, dtypes=storage.dtypes)
+            return _gradients.counterparts(grads, field, slots, real=is_real, dtypes=storage.dtypes)
 
         old = [held_of(field) if in_use[field] else nothing for field in ("nu", "mu", "trace")]
         if self.hyper.weight_decay is not None:
-            xs = _checks.counterparts(grads, "params", params)
+            xs = _gradients.counterparts(grads, "params", params)
         else:
-            _checks.same_kinds(grads, params)
+            _gradients.same_kinds(grads, params)
             xs = nothing
         # A schedule may mix dtypes as it likes, whatever the user asks of his own code.
         with jax.numpy_dtype_promotion("standard"):
@@ -164,7 +165,7 @@ def _numbers(structure: jax.tree_util.PyTreeDef) -> list[np.uint32]:
     paths, _ = jax.tree_util.tree_flatten_with_path(leaves)
     names: dict[str, None] = {}
     for path, _ in paths:
-        name = _checks.leaf_name(path)
+        name = leaf_name(path)
         while name in names:  # as of {"a/b": x, "a": {"b": y}}
             name += "/"
         names[name] = None

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 import optax
 
-from rmsprop_jax._checks import is_trained, leaf_name
+from rmsprop_jax._checks import is_trained
+from rmsprop_jax._leaves import leaf_name
 from rmsprop_jax._storage import is_packed
 from rmsprop_jax._types import PyTree
 

@@ -8,7 +8,7 @@ from jax.tree_util import KeyPath, tree_map_with_path
 import numpy as np
 import optax
 
-from rmsprop_jax._checks import leaf_name
+from rmsprop_jax._leaves import leaf_name
 from rmsprop_jax.convert._mapping import Leaf, Name, by_path, take, with_state
 from rmsprop_jax.convert._state import Entry, Foreign, place, rules_at, to_ours, to_theirs
 

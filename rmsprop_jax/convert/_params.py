@@ -8,7 +8,7 @@ from jax.tree_util import KeyPath
 import numpy as np
 import optax
 
-from rmsprop_jax._checks import leaf_name
+from rmsprop_jax._leaves import leaf_name
 from rmsprop_jax._types import PyTree
 from rmsprop_jax.convert._arrays import array
 from rmsprop_jax.convert._mapping import (

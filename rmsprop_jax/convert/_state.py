@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from rmsprop_jax._asking import reports
-from rmsprop_jax._checks import leaf_name
+from rmsprop_jax._leaves import leaf_name
 from rmsprop_jax._rule import RMSPropState, Rule, is_ours, rules_in, rules_of
 from rmsprop_jax._schedule import real
 from rmsprop_jax._storage import Slot, is_packed, slots_of, with_slots

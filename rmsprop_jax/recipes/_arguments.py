@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rmsprop_jax import _checks
+from rmsprop_jax import _checks, _gradients
 from rmsprop_jax._schedule import Schedule
 from rmsprop_jax._transformation import transformation
 from rmsprop_jax._types import Scalar
@@ -48,7 +48,7 @@ class Clipped(NamedTuple):
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, tuple[optax.EmptyState, optax.OptState]]:
-        updates = jax.tree.map(jnp.asarray, _checks.without_float0(updates))
+        updates = jax.tree.map(jnp.asarray, _gradients.without_float0(updates))
         wide = jax.tree.map(lambda g: g.astype(np.promote_types(g.dtype, np.float32)), updates)
         small, _ = optax.clip_by_global_norm(self.max_norm).update(wide, state[0])
         updates = jax.tree.map(lambda s, g: s.astype(g.dtype), small, updates)

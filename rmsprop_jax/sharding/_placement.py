@@ -10,7 +10,7 @@ from jax.tree_util import tree_leaves_with_path
 import numpy as np
 import optax
 
-from rmsprop_jax._checks import leaf_name
+from rmsprop_jax._leaves import leaf_name
 from rmsprop_jax._types import PyTree
 from rmsprop_jax.sharding._arguments import check_shardings
 from rmsprop_jax.sharding._owners import owners

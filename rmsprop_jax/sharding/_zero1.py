@@ -8,7 +8,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import optax
 
 from rmsprop_jax._asking import ask, is_asked
-from rmsprop_jax._checks import without_float0
+from rmsprop_jax._gradients import without_float0
 from rmsprop_jax._transformation import transformation
 from rmsprop_jax._types import PyTree
 from rmsprop_jax.sharding._arguments import (

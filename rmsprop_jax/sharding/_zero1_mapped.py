@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from rmsprop_jax._asking import Part, ask, ask_without_params, is_asked
-from rmsprop_jax._checks import without_float0
+from rmsprop_jax._gradients import without_float0
 from rmsprop_jax._rule import some_rules
 from rmsprop_jax._transformation import transformation
 from rmsprop_jax._types import PyTree

@@ -20,7 +20,7 @@ import flax_models
 import models
 import record_convert
 from rmsprop_jax import convert, dialects
-from rmsprop_jax._checks import leaf_name
+from rmsprop_jax._leaves import leaf_name
 
 RECORDS = {framework: record_convert.load(framework) for framework in CASES}
 EVERY = [

@@ -76,6 +76,8 @@ ORDER = [
     "_arrays",
     "_storage",
     "_equations",
+    "_leaves",
+    "_gradients",
     "_checks",
     "_rule",
     "_rmsprop",

@@ -1,0 +1,62 @@
+"""One leaf of a tree: its name, and what it is."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import KeyPath
+
+_WRAPPED = jax.tree_util.GetAttrKey("value")
+
+
+def leaf_name(path: KeyPath) -> str:
+    """A leaf's place in its tree, as "layer/kernel"; "" for a tree that is one leaf.
+
+    What Flax NNX wraps an array in is not part of it.
+    """
+    if path and path[-1] == _WRAPPED:
+        path = path[:-1]
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+class LeafType(NamedTuple):
+    """Of a leaf: its shape, float or complex, and the dtype of its real numbers.
+
+    None for what it has not.
+    """
+
+    shape: tuple[int, ...] | None
+    kind: type | None
+    dtype: Any
+
+
+def leaf_type(leaf: Any) -> LeafType:
+    if hasattr(leaf, "dtype"):
+        return LeafType(leaf.shape, *_kind(leaf.dtype))
+    if isinstance(leaf, float | complex):
+        return LeafType((), type(leaf), jnp.dtype(float))
+    return LeafType(None, None, None)
+
+
+_UNSIGNED = jnp.dtype(jnp.float8_e8m0fnu)  # has neither 0 nor negative numbers
+
+
+@functools.cache
+def _kind(dtype: Any) -> tuple[type | None, Any]:
+    if not jnp.issubdtype(dtype, jnp.inexact) or dtype == _UNSIGNED:
+        return None, dtype
+    kind = complex if jnp.issubdtype(dtype, jnp.complexfloating) else float
+    return kind, jnp.finfo(dtype).dtype
+
+
+def is_none(leaf: Any) -> bool:
+    return leaf is None
+
+
+def describe(leaf: Any) -> str:
+    if not hasattr(leaf, "dtype"):
+        return f"{leaf!r} of type {type(leaf).__name__}"
+    if leaf.dtype == jax.dtypes.float0:
+        return f"float0{list(leaf.shape)}"
+    return f"{leaf.dtype}{list(leaf.shape)}"
