@@ -65,14 +65,11 @@ def is_asked() -> bool:
 
 @contextlib.contextmanager
 def reports() -> Iterator[list[Report]]:
-    """What reports itself in this context.
-
-    There everything is traced anew, or run as it is written: a trace that was kept reports nothing.
-    """
+    """What reports itself in this context, where all is run as it is written."""
     found: list[Report] = []
     token = _REPORTS.set(found)
     try:
-        with jax.disable_jit(), set_xla_metadata(rmsprop_jax=str(next(_QUESTIONS))):
+        with jax.disable_jit():
             yield found
     finally:
         _REPORTS.reset(token)
@@ -99,7 +96,9 @@ def ask(init: Init, params: optax.Params) -> tuple[list[Part], PyTree]:
 
     token = _ASKED.set(True)
     try:
-        jax.eval_shape(traced, [leaves[i] for i in numbers])
+        # A trace that was kept reports nothing. None was kept of what has this context.
+        with set_xla_metadata(rmsprop_jax=str(next(_QUESTIONS))):
+            jax.eval_shape(traced, [leaves[i] for i in numbers])
     finally:
         _ASKED.reset(token)
     parts, state = answer
