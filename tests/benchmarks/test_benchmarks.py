@@ -33,7 +33,7 @@ BENCHMARKS = {
     step: (6, 2),
     eager: (3, 1),
     compilation: (3, 1),
-    memory: (6, 2),
+    memory: (9, 3),
     low_memory_step: (7, 3),
     many_leaves: (4, 2),
     scaling: (16, 4),
@@ -70,6 +70,7 @@ def small(monkeypatch):
     """One form, one leaf, one way to pack, two devices that are used in two ways."""
     for benchmark in (step, eager, compilation, memory, low_memory_step):
         monkeypatch.setattr(benchmark, "FORMS", {"plain": {}})
+    monkeypatch.setattr(memory, "STEPS", {"cautious": {"momentum": 0.9, "cautious": True}})
     for benchmark in (eager, many_leaves):
         monkeypatch.setattr(benchmark, "small_leaves", lambda leaves: [jnp.ones((3, 7))])
     monkeypatch.setattr(many_leaves, "WAYS", {"by 32": many_leaves.packed})
