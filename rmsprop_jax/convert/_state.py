@@ -1,6 +1,6 @@
 """The state of a transformation from and to what every framework remembers of an array."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import functools
 from typing import Any, NamedTuple
 
@@ -69,7 +69,7 @@ def to_ours(
     start = _at_step(tx.init(params), foreign.steps)
     leaves = resolve(*with_state(mapping, params))
     refuse_unmapped(foreign.entries, leaves)
-    scale = _scale(foreign, tx, start, params)
+    scale = _scale(foreign, rules, functools.partial(rules_at, tx, start, params))
     filled: set[str] = set()
 
     def fill(state: optax.OptState) -> optax.OptState:
@@ -127,7 +127,8 @@ def to_theirs(
 ) -> Foreign:
     """What a framework would remember, of a state of tx. Its entries are whole arrays."""
     leaves = resolve(*with_state(mapping, params))
-    wanted = [rule.in_use() for rule in rules_of(tx, params)]
+    rules = rules_of(tx, params)
+    wanted = [rule.in_use() for rule in rules]
     ours = [leaf for leaf in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(leaf)]
     if not ours:
         raise ValueError(f"state has no RMSPropState in it, got {type(state).__name__}")
@@ -137,7 +138,7 @@ def to_theirs(
     count = int(ours[0].count)
     weight_sum = None if ours[0].weight_sum is None else float(ours[0].weight_sum)
     foreign = Foreign({}, count, lr_in_momentum, weight_sum)
-    scale = 1 / _scale(foreign, tx, state, params)
+    scale = 1 / _scale(foreign, rules, functools.partial(rules_at, tx, state, params))
     w = weight_sum or 1.0
 
     slots: dict[str, dict[str, np.ndarray]] = {"nu": {}, "mu": {}, "trace": {}}
@@ -188,14 +189,13 @@ def _slot(field: str, entry: Entry, leaf: Leaf, old: Slot, w: float) -> np.ndarr
 
 
 def _scale(
-    foreign: Foreign, tx: optax.GradientTransformation, state: optax.OptState, params: optax.Params
+    foreign: Foreign, rules: Sequence[Rule], with_numbers: Callable[[], Sequence[Rule]]
 ) -> float:
     """The number that turns the buffers of the framework into those of tx.
 
     It is the learning rate of the step after count others, where one has it in the buffer and the
     other after it: that step is then the same.
     """
-    rules = rules_of(tx, params)
     for rule in rules:
         if rule.variant.bias_correction != (foreign.weight_sum is not None):
             raise ValueError(
@@ -205,8 +205,9 @@ def _scale(
     inside = {rule.variant.lr_in_momentum for rule in with_momentum}
     if inside <= {foreign.lr_in_momentum}:
         return 1.0
-    with_momentum = [r for r in rules_at(tx, state, params) if r.hyper.momentum is not None]
-    rates = {_rate(rule, foreign.steps) for rule in with_momentum}
+    rates = {
+        _rate(rule, foreign.steps) for rule in with_numbers() if rule.hyper.momentum is not None
+    }
     if len(inside) > 1 or len(rates) > 1:
         raise ValueError("tx has several learning rates: convert each of its parts by itself")
     (rate,) = rates
