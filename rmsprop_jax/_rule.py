@@ -172,18 +172,11 @@ def _numbers(structure: jax.tree_util.PyTreeDef) -> list[np.uint32]:
     return [np.uint32(zlib.crc32(name.encode())) for name in names]
 
 
-def _at(count: jax.Array, name: str, value: Any) -> Any:
+def _at(count: jax.Array, name: str, value: Any) -> jax.Array | None:
     """A hyperparameter in the step after count others, as an array."""
     if callable(value):
         value = _checks.number(name, value(count), schedule=False)
-    value = real(value)
-    if name == "decay":
-        return _equations.Decay(_array(value), _array(1 - value))
-    return None if value is None else _array(value)
-
-
-def _array(value: Scalar) -> jax.Array:
-    return jnp.asarray(value, float) if isinstance(value, float) else value
+    return jnp.asarray(value, float) if isinstance(value, float) else real(value)
 
 
 def rules_in(parts: Sequence[Part]) -> list[Rule]:
