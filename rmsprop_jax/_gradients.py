@@ -68,18 +68,7 @@ def counterparts(
         for i, (grad, other) in enumerate(zip(grads.types, leaves, strict=True))
         if grad is not None and not _belongs(grad, other, real, dtypes)
     ]
-    if misfits:
-        names = _names(grads.tree)
-        got = {names[i]: describe(grads.leaves[i]) for i in misfits}
-        wanted = {names[i]: describe(_one_leaf(leaves[i])) for i in misfits}
-        if left_out := [names[i] for i in misfits if leaves[i] is None]:
-            chex.assert_trees_all_equal_structs(
-                got,
-                {names[i]: None if leaves[i] is None else "" for i in misfits},
-                custom_message=f"gradients (tree 0) against {name} (tree 1): {left_out} must be "
-                f"None, as there was nothing to train, got {[got[n] for n in left_out]}",
-            )
-        _assert_equal(got, wanted, name)
+    _assert_none(misfits, grads, name, leaves)
     return leaves
 
 
@@ -98,14 +87,23 @@ def same_kinds(grads: Gradients, params: optax.Params) -> None:
     misfits = [
         i for i, pair in enumerate(zip(kinds, others, strict=True)) if len({*pair, None}) > 2
     ]
-    if misfits:
-        names = _names(grads.tree)
-        got = {names[i]: describe(grads.leaves[i]) for i in misfits}
-        _assert_equal(got, {names[i]: describe(leaves[i]) for i in misfits}, "params")
+    _assert_none(misfits, grads, "params", leaves)
 
 
-def _assert_equal(got: dict[str, str], wanted: dict[str, str], name: str) -> None:
-    """Has chex say that gradients of some names are not what they must be."""
+def _assert_none(misfits: list[int], grads: Gradients, name: str, leaves: list[Any]) -> None:
+    """Has chex say which gradients are not what leaves of a name ask for, if there are some."""
+    if not misfits:
+        return
+    names = _names(grads.tree)
+    got = {names[i]: describe(grads.leaves[i]) for i in misfits}
+    wanted = {names[i]: describe(_one_leaf(leaves[i])) for i in misfits}
+    if left_out := [names[i] for i in misfits if leaves[i] is None]:
+        chex.assert_trees_all_equal_structs(
+            got,
+            {names[i]: None if leaves[i] is None else "" for i in misfits},
+            custom_message=f"gradients (tree 0) against {name} (tree 1): {left_out} must be "
+            f"None, as there was nothing to train, got {[got[n] for n in left_out]}",
+        )
     chex.assert_trees_all_equal_comparator(
         lambda *_: False, lambda grad, other: f"gradient {grad}, {name} {other}", got, wanted
     )

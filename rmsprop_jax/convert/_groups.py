@@ -4,10 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jax import ShapeDtypeStruct
-import optax
 
 from rmsprop_jax import dialects
-from rmsprop_jax._rule import Rule, rules_of
+from rmsprop_jax._rule import Rule
 
 Group = Mapping[str, Any]
 
@@ -53,16 +52,11 @@ def timm_options(group: Group) -> dict[str, Any]:
 
 
 def pytorch_rule(group: Group) -> Rule:
-    return _rule(dialects.pytorch(**pytorch_options(group)))
+    return dialects.pytorch(**pytorch_options(group)).part
 
 
 def timm_rule(group: Group) -> Rule:
-    return _rule(dialects.timm(**timm_options(group)))
-
-
-def _rule(tx: optax.GradientTransformation) -> Rule:
-    (rule,) = rules_of(tx, {})
-    return rule
+    return dialects.timm(**timm_options(group)).part
 
 
 def _options(group: Group, later: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from rmsprop_jax._leaves import leaf_name
-from rmsprop_jax.convert._mapping import Leaf, Name, by_path, take, with_state
+from rmsprop_jax.convert._mapping import Leaf, LeafMapping, Name, by_path, take, with_state
 from rmsprop_jax.convert._state import Entry, Foreign, place, rules_at, to_ours, to_theirs
 
 # Of these Optax exports but four. Adam's, say, has the same fields.
@@ -75,8 +75,7 @@ def from_optax(
     for slot in slots:
         if differ := sorted(set(slots[slot]) ^ set(slots["nu"])):
             raise ValueError(f"opt_state has nu or {slot} of {differ}, but not both")
-    mapping, _ = with_state({path: path for path in by_path(params)}, params)
-    untrained = set(by_path(params)) - set(mapping)
+    mapping, untrained = _mapping(params)
     for path, nu in slots["nu"].items():
         if path in untrained:
             continue
@@ -118,8 +117,7 @@ def to_optax(
       >>> print(opt_state[0].nu["w"].round(4))
       [10. 40.]
     """
-    mapping, _ = with_state({path: path for path in by_path(params)}, params)
-    untrained = set(by_path(params)) - set(mapping)
+    mapping, untrained = _mapping(params)
     foreign = to_theirs(state, params, mapping, tx, lr_in_momentum=True)
     has = {field: _has(foreign, field) for field in ("nu", "mu", "trace")}
 
@@ -158,6 +156,13 @@ def to_optax(
     if any(corrected) != (foreign.weight_sum is not None):
         raise ValueError(f"bias_correction={any(corrected)} in like, but not so in tx")
     return filled
+
+
+def _mapping(params: optax.Params) -> tuple[LeafMapping, set[str]]:
+    """Of each leaf that has a state, to itself; and the paths of the others."""
+    paths = {path: path for path in by_path(params)}
+    mapping, _ = with_state(paths, params)
+    return mapping, set(paths) - set(mapping)
 
 
 def _has(foreign: Foreign, field: str) -> bool:
