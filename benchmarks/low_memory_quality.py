@@ -90,12 +90,14 @@ class Rounded(Float32):
         decay: jax.Array,
         term: jax.Array,
         bound: float | None = None,
+        *,
+        low: jax.Array | None = None,
         draw: Draw | None = None,  # noqa: ARG002
     ) -> tuple[jax.Array, Slot]:
         """The sum as it is, and rounded."""
         if isinstance(slot, jax.Array) and slot.dtype == jnp.float32:
-            return FLOAT32.accumulate(slot, decay, term, bound)
-        value, _ = FLOAT32.accumulate(self.decode(slot), decay, term, bound)
+            return FLOAT32.accumulate(slot, decay, term, bound, low=low)
+        value, _ = FLOAT32.accumulate(self.decode(slot), decay, term, bound, low=low)
         return value, self.encode(value)
 
 

@@ -23,7 +23,7 @@ lam     weight_decay     pull towards 0                            gradient / pa
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 from jax import lax
@@ -49,8 +49,18 @@ class Variant(NamedTuple):
     storage: Storage
 
 
+class Decay(NamedTuple):
+    """gamma and 1 - gamma, each as near as its dtype allows: the difference of the first is not."""
+
+    gamma: jax.Array
+    rest: jax.Array
+
+
 class Hyper(NamedTuple):
-    """The scalars, named like the arguments; None for a term that is not there."""
+    """The scalars, named like the arguments; None for a term that is not there.
+
+    In a step, decay is a Decay.
+    """
 
     learning_rate: Hyperparameter
     decay: Hyperparameter
@@ -107,8 +117,9 @@ def _step(
     real = storage.dtype(s)
     tiny, largest = jnp.finfo(real).tiny, float(jnp.finfo(real).max)
     square = functools.partial(by_parts, lax.square) if variant.split_complex else abs2
-    scalars: list[Any] = [h if h is None else h.astype(real) for h in hyper]
-    eta, gamma, eps, mu, lam = scalars
+    scalars: Hyper = jax.tree.map(lambda h: h.astype(real), hyper)
+    eta, (gamma, rest), eps, mu, lam = scalars
+    low = (1 - gamma) - rest  # what gamma has and its dtype has not
 
     out_dtype = g.dtype
     g = widen(-g if variant.maximize else g, real)
@@ -126,14 +137,14 @@ def _step(
     # the slot again inside the loop that uses it.
     if m is None:
         # s <- gamma s + (1 - gamma) |g|^2
-        v, s = storage.accumulate(s, gamma, (1 - gamma) * square(g), draw=draws.nu)
+        v, s = storage.accumulate(s, gamma, rest * square(g), low=low, draw=draws.nu)
     else:
         # m <- gamma m + (1 - gamma) g,  s <- gamma s + (1 - gamma) / gamma |g - m|^2:
         # E|g|^2 - |m|^2 as a sum of squares. As g - mean = gamma (g - m), the last term is
         # gamma (1 - gamma) |g - m|^2; it vanishes with gamma, where the bound acts.
-        mean, m = storage.accumulate(m, gamma, (1 - gamma) * g, draw=draws.mu)
-        ratio = (1 - gamma) / lax.max(gamma, jnp.finfo(real).eps)
-        v, s = storage.accumulate(s, gamma, ratio * square(g - mean), draw=draws.nu)
+        mean, m = storage.accumulate(m, gamma, rest * g, low=low, draw=draws.mu)
+        ratio = rest / lax.max(gamma, jnp.finfo(real).eps)
+        v, s = storage.accumulate(s, gamma, ratio * square(g - mean), low=low, draw=draws.nu)
 
     def root(v: jax.Array, copy: int) -> jax.Array:
         # Never below the smallest normal number: so 0 / 0 is 0, the derivative there is finite (a
@@ -158,7 +169,7 @@ def _step(
     u = new(0)
     if b is not None:
         # b <- mu b + u
-        u, b = storage.accumulate(b, mu, u, largest / 2, draws.trace)
+        u, b = storage.accumulate(b, mu, u, largest / 2, draw=draws.trace)
         trace = u
 
         def moved(copy: int) -> jax.Array:
@@ -182,16 +193,19 @@ def _step(
 def correct_bias(hyper: Hyper, weight_sum: jax.Array, count: jax.Array) -> tuple[Hyper, jax.Array]:
     """The scalars of the step that keeps s (and m) divided by the sum w of the weights in it.
 
-        w <- gamma w + (1 - gamma),  gamma_hat = 1 - (1 - gamma) / w
+        w <- gamma w + (1 - gamma),  1 - gamma_hat = (1 - gamma) / w
 
     Exact under a scheduled decay, where dividing by 1 - gamma^t is not. As long as w = 0 no
     gradient has counted, and an infinite eps makes the step 0.
     """
-    gamma = hyper.decay.astype(weight_sum.dtype)
-    w = unfused(gamma * weight_sum, count >> 31) + (1 - gamma)
-    gamma_hat = 1 - (1 - gamma) / lax.max(w, jnp.finfo(w.dtype).tiny)
+    gamma, rest = (number.astype(weight_sum.dtype) for number in hyper.decay)
+    zero = count >> 31  # of a number that is never negative
+    low = unfused(((1 - gamma) - rest) * weight_sum, zero)
+    w = unfused(gamma * weight_sum, zero) + (rest + low)
+    # Lest XLA divide by w and another number at once, in one program and not in another.
+    rest = unfused(rest / lax.max(w, jnp.finfo(w.dtype).tiny), zero)
     eps = jnp.where(w > 0, hyper.eps, jnp.inf)
-    return hyper._replace(eps=eps, decay=gamma_hat), w
+    return hyper._replace(eps=eps, decay=Decay(1 - rest, rest)), w
 
 
 def _agrees(u: jax.Array, g: jax.Array) -> jax.Array:

@@ -66,7 +66,9 @@ def rmsprop(
 
     The five hyperparameters that are called a number below may each be a scalar array, or a
     schedule: a function from the number of earlier steps to a number or scalar array. All three
-    give the same bits, and new values of an array compile nothing anew. Python and NumPy numbers,
+    give the same bits, and new values of an array compile nothing anew. Of a decay they do if
+    float32 holds it: as a Python number it has the digits that an array lacks, and near 1 these
+    count. Python and NumPy numbers,
     also those of a schedule, are checked and rounded to the precision of the arithmetic; the
     values of JAX arrays are not looked at, since they may not be known yet.
 

@@ -172,11 +172,18 @@ def _numbers(structure: jax.tree_util.PyTreeDef) -> list[np.uint32]:
     return [np.uint32(zlib.crc32(name.encode())) for name in names]
 
 
-def _at(count: jax.Array, name: str, value: Any) -> jax.Array | None:
+def _at(count: jax.Array, name: str, value: Any) -> Any:
     """A hyperparameter in the step after count others, as an array."""
     if callable(value):
         value = _checks.number(name, value(count), schedule=False)
-    return jnp.asarray(value, float) if isinstance(value, float) else real(value)
+    value = real(value)
+    if name == "decay":
+        return _equations.Decay(_array(value), _array(1 - value))
+    return None if value is None else _array(value)
+
+
+def _array(value: Scalar) -> jax.Array:
+    return jnp.asarray(value, float) if isinstance(value, float) else value
 
 
 def rules_in(parts: Sequence[Part]) -> list[Rule]:

@@ -124,9 +124,14 @@ class Storage(Protocol):
         decay: jax.Array,
         term: jax.Array,
         bound: float | None = None,
+        *,
+        low: jax.Array | None = None,
         draw: Draw | None = None,
     ) -> tuple[jax.Array, Slot]:
-        """The sum decay * slot + term, that product within a bound, as an array and as a slot."""
+        """The sum decay * slot + term, that product within a bound, as an array and as a slot.
+
+        To decay belongs what its dtype has not, low, if the slot is precise enough for it to count.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,12 +171,14 @@ class Float32:
         decay: jax.Array,
         term: jax.Array,
         bound: float | None = None,
+        *,
+        low: jax.Array | None = None,
         draw: Draw | None = None,  # noqa: ARG002
     ) -> tuple[jax.Array, jax.Array]:
         past = decay * slot
         if bound is not None:
             past = clip(past, bound)
-        slot = past + term
+        slot = past + (term if low is None else term + low * slot)
         return slot, slot
 
 

@@ -66,13 +66,15 @@ class LowMemory(abc.ABC):
         decay: jax.Array,
         term: jax.Array,
         bound: float | None = None,
+        *,
+        low: jax.Array | None = None,
         draw: Draw | None = None,
     ) -> tuple[jax.Array, Slot]:
         assert draw is not None
         accumulate = self._accumulator(slot)
         if accumulate is None:
             kept = jnp.where(jnp.isfinite(term + draw.zero), term, 0)
-            _, slot = FLOAT32.accumulate(slot, decay, kept, bound)
+            _, slot = FLOAT32.accumulate(slot, decay, kept, bound, low=low)
             return slot + (term - kept), slot
         zero = draw.step >> 31  # of a number that is never negative
         term = unfused(term, zero)

@@ -14,6 +14,7 @@ import pytest
 
 import _results
 import _timing
+import accuracy
 import compilation
 import eager
 import libraries
@@ -34,6 +35,7 @@ BENCHMARKS = {
     eager: (3, 1),
     compilation: (3, 1),
     memory: (9, 3),
+    accuracy: (2, 2),
     low_memory_step: (7, 3),
     many_leaves: (4, 2),
     scaling: (16, 4),

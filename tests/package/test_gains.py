@@ -25,6 +25,17 @@ def run(tx, grads):
     return updates["tx"], states["tx"]
 
 
+def error_after_10_000_steps(tx):
+    """Of normal gradients, relative, against the rule in long double; root mean square."""
+    grads = np.random.default_rng(0).standard_normal((10_000, 128)).astype(np.float32)
+    _, updates = jax.lax.scan(lambda s, g: tx.update(g, s)[::-1], tx.init(grads[0]), grads)
+    s, gamma = np.longdouble(0), np.longdouble(0.9999)
+    for g in grads.astype(np.longdouble):
+        s = gamma * s + (1 - gamma) * g * g
+    want = -grads[-1] / np.sqrt(s)
+    return np.sqrt(np.mean(((np.asarray(updates[-1]) - want) / want) ** 2))
+
+
 def row(case, side=ROWS):
     """Registers a test of ours, or of optax's, under the first column of the table."""
 
@@ -180,6 +191,11 @@ def strict_promotion():
     np.testing.assert_allclose(got[0], -0.1, rtol=1e-6)
 
 
+@row("float32 at decay .9999, after 10,000 steps")
+def digits():
+    assert error_after_10_000_steps(rmsprop(1.0, 0.9999, 0.0)) < 1e-6
+
+
 @row("x64 with an `np.float64` learning rate")
 def x64():
     with jax.enable_x64(True):
@@ -330,6 +346,11 @@ def their_strict_promotion():
             pytest.raises(ValueError, match="promotion"),
         ):
             run(tx, [ONES])
+
+
+@row("float32 at decay .9999, after 10,000 steps", THEIRS)
+def their_digits():
+    assert 3e-5 < error_after_10_000_steps(optax.rmsprop(1.0, 0.9999, 0.0)) < 4e-5
 
 
 @row("x64 with an `np.float64` learning rate", THEIRS)
