@@ -50,23 +50,33 @@ class Variant(NamedTuple):
 
 
 class Decay(NamedTuple):
-    """gamma and 1 - gamma, each as near as its dtype allows: the difference of the first is not."""
+    """gamma and 1 - gamma of a decay that is a number: each has digits that the other lacks."""
 
-    gamma: jax.Array
-    rest: jax.Array
+    gamma: Hyperparameter
+    rest: Hyperparameter
 
 
 class Hyper(NamedTuple):
-    """The scalars, named like the arguments; None for a term that is not there.
-
-    In a step, decay is a Decay.
-    """
+    """The hyperparameters, named like the arguments; None for a term that is not there."""
 
     learning_rate: Hyperparameter
     decay: Hyperparameter
     eps: Hyperparameter
     momentum: Hyperparameter
     weight_decay: Hyperparameter
+
+
+class Scalars(NamedTuple):
+    """What a step makes of them, in the dtype of its arithmetic; None for what is not there."""
+
+    eta: jax.Array
+    gamma: jax.Array
+    rest: jax.Array  # 1 - gamma
+    low: jax.Array  # what gamma has and its dtype has not
+    inner: jax.Array  # is added inside the root
+    outer: Hyperparameter  # is added to it
+    mu: Hyperparameter
+    lam: Hyperparameter
 
 
 class Slots(NamedTuple):
@@ -84,12 +94,43 @@ class Turn(NamedTuple):
     leaf: jax.Array
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def scalars(hyper: Hyper, variant: Variant, real: jnp.dtype) -> Scalars:
+    """The scalars of a step whose arithmetic is in real: made once, for all of its leaves.
+
+    What is added to s is at least the smallest normal number: so 0 / 0 is 0, the derivative there
+    is finite, and where |g|^2 underflows u stays within 1 / sqrt(1 - gamma). With |eta| above 2 it
+    is more, so that eta g / root stays within a quarter of the largest number.
+    """
+
+    def number(h: Hyperparameter) -> Hyperparameter:
+        return None if h is None else jnp.asarray(h, real)
+
+    eta, _, eps, mu, lam = map(number, hyper._replace(decay=None))
+    gamma, rest = _weights(hyper.decay, real)
+    least = real.type(float(jnp.finfo(real).tiny) ** 0.5)
+    if mu is None or variant.lr_in_momentum:
+        least = lax.max(least, lax.abs(eta) * real.type(float(jnp.finfo(real).max) ** -0.5))
+    # Squared last: XLA turns the square of a product into a product of squares, which overflow.
+    least = lax.stop_gradient(lax.square(least))
+    inner, outer = (lax.max(eps, least), None) if variant.eps_in_sqrt else (least, eps)
+    return Scalars(eta, gamma, rest, (1 - gamma) - rest, inner, outer, mu, lam)
+
+
+def _weights(decay: Decay | jax.Array, real: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    """The numbers gamma and 1 - gamma."""
+    if isinstance(decay, Decay):
+        return jnp.asarray(decay.gamma, real), jnp.asarray(decay.rest, real)
+    gamma = jnp.asarray(decay, real)
+    return gamma, 1 - gamma
+
+
 @functools.partial(jax.jit, static_argnums=5)
 def step(
     g: jax.Array,
     x: jax.Array | None,
     slots: Slots,
-    hyper: Hyper,
+    scalars: Scalars,
     turn: Turn | None,
     variant: Variant,
 ) -> tuple[jax.Array, Slots]:
@@ -99,27 +140,25 @@ def step(
     jit traces each shape once, however often the transformation is built anew.
     """
     # What jit makes of numbers and NumPy's arrays, where it is disabled.
-    g, x, slots, hyper, turn = jax.tree.map(jnp.asarray, (g, x, slots, hyper, turn))
+    g, x, slots, turn = jax.tree.map(jnp.asarray, (g, x, slots, turn))
     with jax.disable_jit():  # the operators are jitted functions too: inlined, they trace faster
-        return _step(g, x, slots, hyper, turn, variant)
+        return _step(g, x, slots, scalars, turn, variant)
 
 
 def _step(
     g: jax.Array,
     x: jax.Array | None,
     slots: Slots,
-    hyper: Hyper,
+    scalars: Scalars,
     turn: Turn | None,
     variant: Variant,
 ) -> tuple[jax.Array, Slots]:
     s, m, b = slots
+    eta, gamma, rest, low, inner, outer, mu, lam = scalars
     storage = variant.storage
     real = storage.dtype(s)
-    tiny, largest = jnp.finfo(real).tiny, float(jnp.finfo(real).max)
+    tiny, largest = real.type(jnp.finfo(real).tiny), float(jnp.finfo(real).max)
     square = functools.partial(by_parts, lax.square) if variant.split_complex else abs2
-    scalars: Hyper = jax.tree.map(lambda h: h.astype(real), hyper)
-    eta, (gamma, rest), eps, mu, lam = scalars
-    low = (1 - gamma) - rest  # what gamma has and its dtype has not
 
     out_dtype = g.dtype
     g = widen(-g if variant.maximize else g, real)
@@ -146,31 +185,33 @@ def _step(
         ratio = rest / lax.max(gamma, jnp.finfo(real).eps)
         v, s = storage.accumulate(s, gamma, ratio * square(g - mean), low=low, draw=draws.nu)
 
-    def root(v: jax.Array, copy: int) -> jax.Array:
-        # Never below the smallest normal number: so 0 / 0 is 0, the derivative there is finite (a
-        # maximum's would be 0 * inf), and where |g|^2 underflows u stays within 1/sqrt(1 - gamma).
-        if variant.eps_in_sqrt:
-            v = v + eps
-        if copy:
-            v = lax.max(v, real.type(-copy))  # which it is: see new
-        r = jnp.sqrt(lax.clamp(tiny, v, real.type(jnp.inf)))
-        return r if variant.eps_in_sqrt else r + eps
-
-    def new(copy: int) -> jax.Array:
-        """What this step adds to the buffer; every copy is the same.
+    def scaled(copy: int) -> jax.Array:
+        """The gradient over its root; every copy is the same.
 
         A root that two loops need XLA:CPU computes in a loop of its own, and keeps. It does not
         notice that the roots of two copies are equal.
         """
-        u = by_parts(lambda part, v: part / root(v, copy), g, v)
-        return clip(eta * u, largest / 2) if variant.lr_in_momentum else u
+
+        def over_root(part: jax.Array, v: jax.Array) -> jax.Array:
+            if copy:
+                v = lax.max(v, real.type(-copy))  # which it is
+            if variant.centered:  # 0 where g is not: a derivative would be 0 * inf
+                v = jnp.where(v < tiny, tiny, v)
+            root = lax.sqrt(v + inner)
+            return part / (root if outer is None else root + outer)
+
+        return by_parts(over_root, g, v)
 
     # From here |u| stays within largest / 2, and within largest once the buffer is in it.
-    u = new(0)
-    if b is not None:
+    if b is None:
+        move = -eta * scaled(0)
+    else:
+
+        def new(copy: int) -> jax.Array:
+            return eta * scaled(copy) if variant.lr_in_momentum else scaled(copy)
+
         # b <- mu b + u
-        u, b = storage.accumulate(b, mu, u, largest / 2, draw=draws.trace)
-        trace = u
+        trace, b = storage.accumulate(b, mu, new(0), largest / 2, draw=draws.trace)
 
         def moved(copy: int) -> jax.Array:
             return clip(new(copy) + mu * trace, largest) if variant.nesterov else trace
@@ -182,23 +223,22 @@ def _step(
             share = share_of(_agrees(moved(2), down), real)
             mask = _agrees(u, down).astype(real)
             u = clip(u * (mask / lax.max(share, real.type(1e-3))), largest)
-    if not variant.lr_in_momentum:
-        u = clip(eta * u, largest / 2)
+        move = -u if variant.lr_in_momentum else clip(-eta * u, largest / 2)
     if pull is not None and variant.decoupled_weight_decay:
-        u = clip(u, largest / 2) + clip(eta * pull, largest / 2)
-    return narrow(-u, out_dtype), Slots(s, m, b)
+        move = clip(move, largest / 2) - clip(eta * pull, largest / 2)
+    return narrow(move, out_dtype), Slots(s, m, b)
 
 
 @jax.jit
 def correct_bias(hyper: Hyper, weight_sum: jax.Array, count: jax.Array) -> tuple[Hyper, jax.Array]:
-    """The scalars of the step that keeps s (and m) divided by the sum w of the weights in it.
+    """The hyperparameters of the step that keeps s (and m) divided by the sum w of its weights.
 
         w <- gamma w + (1 - gamma),  1 - gamma_hat = (1 - gamma) / w
 
     Exact under a scheduled decay, where dividing by 1 - gamma^t is not. As long as w = 0 no
     gradient has counted, and an infinite eps makes the step 0.
     """
-    gamma, rest = (number.astype(weight_sum.dtype) for number in hyper.decay)
+    gamma, rest = _weights(hyper.decay, weight_sum.dtype)
     zero = count >> 31  # of a number that is never negative
     low = unfused(((1 - gamma) - rest) * weight_sum, zero)
     w = unfused(gamma * weight_sum, zero) + (rest + low)

@@ -56,7 +56,8 @@ def rmsprop(
 
     The arithmetic is in float32, or float64 for float64 parameters, whatever the dtype of the
     gradients. Every gradient that is not NaN gives finite updates and a finite state: 0 / 0 is
-    0, and what is beyond the range of a dtype becomes its largest number. An infinite gradient
+    0, what is beyond the range of a dtype becomes its largest number, and under the root there is
+    never less than 1e-38 in float32, nor less than learning_rate^2 / 3e38. An infinite gradient
     acts like a huge one: its coordinate stands still until s has decayed, for about
     86 / -log(decay) steps (820 at 0.9) if the gradients are then of size 1. A NaN stays NaN, in
     its own coordinate. To skip steps with either, wrap this in ``optax.apply_if_finite``.
@@ -66,11 +67,11 @@ def rmsprop(
 
     The five hyperparameters that are called a number below may each be a scalar array, or a
     schedule: a function from the number of earlier steps to a number or scalar array. All three
-    give the same bits, and new values of an array compile nothing anew. Of a decay they do if
-    float32 holds it: as a Python number it has the digits that an array lacks, and near 1 these
-    count. Python and NumPy numbers,
-    also those of a schedule, are checked and rounded to the precision of the arithmetic; the
-    values of JAX arrays are not looked at, since they may not be known yet.
+    give the same bits, and new values of an array compile nothing anew. A decay alone keeps, as a
+    Python number, the digits that float32 has not. Near 1 they count: .9999 as an array makes the
+    first updates wrong by 8e-5. Python and NumPy numbers, also those of a schedule, are checked
+    and rounded to the precision of the arithmetic; the values of JAX arrays are not looked at,
+    since they may not be known yet.
 
     Args:
       learning_rate: number, in units of the parameters per step. May be 0 or negative.

@@ -117,18 +117,20 @@ class Rule(NamedTuple):
             xs = nothing
         # A schedule may mix dtypes as it likes, whatever the user asks of his own code.
         with jax.numpy_dtype_promotion("standard"):
-            scalars = _equations.Hyper(
+            hyper = _equations.Hyper(
                 *(_at(state.count, name, h) for name, h in self.hyper._asdict().items())
             )
             weight_sum = state.weight_sum
             if weight_sum is not None:
-                scalars, weight_sum = _equations.correct_bias(scalars, weight_sum, state.count)
+                hyper, weight_sum = _equations.correct_bias(hyper, weight_sum, state.count)
+            scalars_in = functools.cache(lambda real: _equations.scalars(hyper, variant, real))
             numbers = _numbers(grads.structure) if storage.draws else nothing
             steps, new = [], []
             for number, g, x, *slots in zip(numbers, grads.leaves, xs, *old, strict=True):
                 u, held = None, _equations.Slots(*slots)
                 turn = None if number is None else _equations.Turn(state.count, number)
                 if g is not None and held.nu is not None:
+                    scalars = scalars_in(storage.dtype(held.nu))
                     u, held = _equations.step(g, x, held, scalars, turn, variant)
                 steps.append(u)
                 new.append(held)
@@ -173,17 +175,12 @@ def _numbers(structure: jax.tree_util.PyTreeDef) -> list[np.uint32]:
 
 
 def _at(count: jax.Array, name: str, value: Any) -> Any:
-    """A hyperparameter in the step after count others, as an array."""
+    """A hyperparameter in the step after count others: a number or an array."""
     if callable(value):
         value = _checks.number(name, value(count), schedule=False)
-    value = real(value)
-    if name == "decay":
-        return _equations.Decay(_array(value), _array(1 - value))
-    return None if value is None else _array(value)
-
-
-def _array(value: Scalar) -> jax.Array:
-    return jnp.asarray(value, float) if isinstance(value, float) else value
+    if name == "decay" and isinstance(value, float):
+        return _equations.Decay(value, 1 - value)
+    return real(value)
 
 
 def rules_in(parts: Sequence[Part]) -> list[Rule]:

@@ -145,7 +145,7 @@ def test_a_run_that_is_asked_to_stop_saves_the_step_it_is_at(stop, start, tmp_pa
     stop(run)
     text, code = run.end()
     assert code == 1
-    steps = re.findall(r"process \d: stopped by SIGTERM, step (\d+) is saved\n", text)
+    steps = re.findall(r"process \d: stopped by SIGTERM, step (\d+) is saved", text)
     assert steps == [str(saved(tmp_path, "run"))] * 2, text
     assert text.count("ended with code 143") == 2, text
     assert "Traceback" not in text

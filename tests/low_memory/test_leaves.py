@@ -158,16 +158,19 @@ def test_what_is_beside_the_codes_of_each_leaf():
         assert types(field.scales) == ((3,), jnp.float32, False)
 
 
-def test_an_exempt_leaf_has_the_bits_of_float32():
+def test_an_exempt_leaf_is_held_in_float32_and_moves_as_there():
+    """The second moment bit for bit; a step that is masked before it is added is rounded, too."""
+
     def make():
         storages = (low_memory.q8(exempt=lambda path: True), None)
         return [rmsprop(0.1, momentum=0.9, storage=storage) for storage in storages]
 
     (got, state), (want, plain) = after(make, row(5), table(64))
     assert_moved(plain)
-    np.testing.assert_array_equal(got, want)
     np.testing.assert_array_equal(state.nu.codes, plain.nu)
-    np.testing.assert_array_equal(state.trace.codes, plain.trace)
+    assert state.trace.codes.dtype == jnp.float32
+    for a, b in ((got, want), (state.trace.codes, plain.trace)):
+        np.testing.assert_allclose(a, b, rtol=0, atol=5 * 2.0**-24)  # five steps of up to 1
 
 
 @pytest.mark.parametrize("storage", STORAGES.values(), ids=STORAGES)

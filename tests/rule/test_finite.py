@@ -120,6 +120,40 @@ def test_any_gradients_decay_and_eps(grads, decay, eps):
     assert [form for form, (is_finite, _) in found.items() if not is_finite] == []
 
 
+def test_what_is_under_the_root_bounds_a_step(subtests):
+    """In the place of a clip, whatever s holds; a rate of up to 2 it leaves alone.
+
+    At a decay of 1 the state stays, so that the root becomes all that it can be.
+    """
+    largest, tiny = np.finfo(np.float32).max, np.finfo(np.float32).tiny
+    sizes = 2.0 ** np.arange(-126, 128)
+    g = np.float32([*-sizes, 0, 1e-45, *sizes, largest, -largest, np.inf, -np.inf])
+    grads, nu = (np.ravel(a) for a in np.meshgrid(g, np.float32([0, 1e-45, *sizes, largest])))
+    momenta = {"plain": {}, "buffer": {"momentum": np.float32(0.5)}}
+
+    @jax.jit
+    def run(learning_rate, decay, eps):
+        found = {}
+        for (name, form), inside in itertools.product(momenta.items(), (True, False)):
+            tx = rmsprop(learning_rate, decay, eps, eps_in_sqrt=inside, **form)
+            found[name, inside] = tx.update(grads, tx.init(grads)._replace(nu=nu))[0]
+        return found
+
+    # Numbers below the smallest normal one may count as 0.
+    s, known = (np.where(abs(a) < tiny, 0, np.float64(a)) for a in (nu, grads))
+    known = np.clip(known, -(2.0**62), 2.0**62)
+    for size, decay, eps in itertools.product(
+        (0.0, 1e-45, 1e-3, 1.0, 2.0, 3.0, 1e10, 1e20, largest), (0.0, 0.9, 1.0), (0.0, 1e-8)
+    ):
+        for rate in np.float32([size, -size]):
+            for form, got in run(rate, np.float32(decay), np.float32(eps)).items():
+                with subtests.test(form=form, rate=rate, decay=decay, eps=eps):
+                    assert np.max(abs(got)) <= 0.251 * largest
+                    if decay == 1 and eps == 0 and 1e-3 <= size <= 2:
+                        want = -np.float64(rate) * known / np.sqrt(s + tiny)
+                        np.testing.assert_allclose(got, want, rtol=1e-6, atol=2 * tiny)
+
+
 def test_extremes_of_everything(subtests):
     """A saturated buffer beside a saturated decay, in one direction and against each other."""
     g = hostile("float32")
