@@ -64,12 +64,16 @@ TARGETS = (
     Target("temporary bytes a parameter, float32 step", 0.0, "step", "temporary, ours"),
     Target("update outside jit, small leaves, ours / Optax", 0.2, "eager", "ratio"),
     Target(
-        "trace and lower a step of networks, ours / Optax", 0.6, "compilation", "ratio", of_networks
+        "trace and lower a step of networks, ours / Optax", 0.7, "compilation", "ratio", of_networks
     ),
+    Target("the same with `init`", 0.5, "compilation", "ratio, with init", of_networks),
     Target(
-        "the same with init, on one device", 0.5, "compilation", "ratio, with init", of_networks
+        "compile a step of networks, ours / Optax",
+        1.25,
+        "compilation",
+        "ratio, compile",
+        of_networks,
     ),
-    Target("compile it, ours / Optax", 1.25, "compilation", "ratio, compile", of_networks),
     Target(
         "state bytes a parameter, `q8`, plain",
         1.05,

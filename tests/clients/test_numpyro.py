@@ -33,8 +33,8 @@ def infer(tx):
 
 
 def test_inference_is_that_with_optax(form):
-    """Measured: losses 3e-6 of themselves, parameters 5e-7."""
+    """But for rounding: losses begin at 143 and pass 0, where what is left of it is 6e-6."""
     ours, theirs = (infer(rms(0.02, **form)) for rms in (rmsprop_jax.rmsprop, optax.rmsprop))
     assert ours.losses[-1] < 0.2 * ours.losses[0]
-    chex.assert_trees_all_close(ours.losses, theirs.losses, rtol=2e-5)
+    chex.assert_trees_all_close(ours.losses, theirs.losses, rtol=2e-5, atol=2e-5)
     chex.assert_trees_all_close(ours.params, theirs.params, rtol=2e-5)
