@@ -54,7 +54,8 @@ def tensorflow_v1(
 
     Equals ``tf.compat.v1.train.RMSPropOptimizer`` of TensorFlow 2.21, on dense gradients. There
     ``use_locking`` comes before ``centered``; it has no meaning here. TensorFlow takes 1 - decay
-    in float32, which moves s by 1e-6 of itself at a decay of 0.99.
+    in float32, which moves s by 1e-6 of itself at a decay of 0.99, by 2e-4 at 0.9999; as an array,
+    ``decay=jnp.float32(0.9999)``, it is so here.
 
     Source: tensorflow/python/training/rmsprop.py.
     """

@@ -97,3 +97,18 @@ def test_an_array_is_what_it_holds():
             runs.append((u, state.nu))
         for run in runs[1:]:
             jax.tree.map(np.testing.assert_array_equal, run, runs[0])
+
+
+def test_an_array_is_rounded_as_tensorflow_does():
+    """Its kernel: s <- s + (g^2 - s) (1 - decay), all in float32. A number is far from it."""
+    decay, one = np.float32(0.9999), np.float32(1)
+    s = np.zeros(128, np.float32)
+    for g in GRADS[:5]:
+        s = s + (g * g - s) * (one - decay)
+    for value, least, most in ((jnp.float32(0.9999), 0, 5e-7), (0.9999, 1e-4, 2e-4)):
+        tx = rmsprop(1.0, value, 0.0)
+        state = tx.init(jnp.zeros(128))
+        for g in GRADS[:5]:
+            _, state = tx.update(g, state)
+        worst = np.max(abs(state.nu / s - 1))
+        assert least <= worst <= most
