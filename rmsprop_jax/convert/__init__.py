@@ -9,13 +9,16 @@ state with which the framework does; what the framework means by its numbers is 
 framework is imported: they work on arrays, tensors and mappings.
 
 A mapping says for each leaf of the parameters where the framework has it: its name or number if it
-is laid out alike, or a :class:`Leaf`. There are ready-made ones for the usual layers.
+is laid out alike, or a :class:`Leaf`. There are ready-made ones for the usual layers. A leaf that
+tx keeps no state for, as ``optax.partition`` and ``optax.masked`` freeze it, needs no entry; it may
+have one, and what the framework remembers of it is then left alone.
 
 Plain states, and buffers that are not rescaled, come back bit for bit. A variance s becomes the
 second moment s + m^2 and back with one rounding each to the precision of the state, and a second
 moment below m^2, which frameworks reach by cancellation, becomes a variance of 0. A rescaled buffer
 is rounded once; under bias correction there are two roundings. Slots in fewer bits are given as
-float32, and lose what :func:`change_storage` says on the way back.
+float32, and lose what :func:`change_storage` says on the way back. What no gradients leave behind
+is refused: numbers that are not finite, second moments below 0, means far above their roots.
 """
 
 from rmsprop_jax.convert._change_storage import change_storage

@@ -1,9 +1,13 @@
-"""Arrays of every framework as NumPy's."""
+"""Arrays of every framework as NumPy's, and as ours."""
 
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+
+from rmsprop_jax._storage import Slot, is_packed
 
 
 def array(value: Any) -> np.ndarray:
@@ -15,3 +19,34 @@ def array(value: Any) -> np.ndarray:
     value = np.asarray(value)
     # What bfloat16 is to NumPy and h5py when it comes from a file.
     return value.view(jnp.bfloat16) if value.dtype == np.dtype("V2") else value
+
+
+def place(old: Any, value: Any) -> Any:
+    """A copy of value as an array or slot like old, where old is, and as free to move as old is."""
+    if is_packed(old):
+        return jax.tree.map(place, old, old.encode(value))
+    value = np.asarray(value).astype(old.dtype)
+    if not isinstance(old, jax.Array):
+        return value
+    return jax.device_put(value, old.sharding) if old.committed else jnp.asarray(value)
+
+
+def wide(value: Any) -> np.ndarray:
+    """An array, or the values of a slot, in double precision."""
+    value = np.asarray(value.decode() if is_packed(value) else value)
+    return value.astype(np.result_type(value.dtype, np.float64))
+
+
+def narrow(value: np.ndarray, like: Slot) -> np.ndarray:
+    """The array in the dtype of a slot, or float32 where that has fewer bits."""
+    return value.astype(np.promote_types(like.dtype, np.float32))
+
+
+def square(m: np.ndarray, *, complex_parts: bool) -> np.ndarray:
+    """|m|^2, or that of the real and of the imaginary part."""
+    return by_parts(np.square, m) if complex_parts else np.square(m.real) + np.square(m.imag)
+
+
+def by_parts(f: Callable[[np.ndarray], np.ndarray], z: np.ndarray) -> np.ndarray:
+    """The value of f on a real array; on both parts, if it is complex."""
+    return f(z.real) + 1j * f(z.imag) if np.iscomplexobj(z) else f(z)

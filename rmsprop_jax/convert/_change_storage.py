@@ -7,7 +7,7 @@ import optax
 
 from rmsprop_jax._rule import RMSPropState, is_ours, some_rules
 from rmsprop_jax._storage import is_packed, slots_of, with_slots
-from rmsprop_jax.convert._state import place
+from rmsprop_jax.convert._arrays import place
 
 
 def change_storage(

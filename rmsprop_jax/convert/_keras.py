@@ -8,8 +8,9 @@ import optax
 
 from rmsprop_jax._rule import rules_of
 from rmsprop_jax.convert._arrays import array
+from rmsprop_jax.convert._foreign import Entry, Foreign
 from rmsprop_jax.convert._mapping import LeafMapping, Name, as_leaf
-from rmsprop_jax.convert._state import Entry, Foreign, to_ours, to_theirs
+from rmsprop_jax.convert._state import to_ours, to_theirs
 
 _KERAS = {"nu": "velocity", "trace": "momentum", "mu": "average_gradient"}  # in Keras's order
 
@@ -38,8 +39,8 @@ def from_keras(
       mapping: for each leaf of params by its path, as "layer/kernel", the name or number of
         Keras's trainable variable, or a :class:`Leaf` if the layouts differ.
       tx: the transformation to go on with, ``dialects.keras(...)`` as a rule. It may be wrapped:
-        every RMSPropState in its state is filled, schedules of
-        ``optax.inject_hyperparams`` go on, and all else is as ``init`` makes it.
+        every RMSPropState in its state is filled, the counts of wrappers and schedules go on, and
+        all else is as ``init`` makes it.
       names: of the trainable variables in their order, ``[v.path for v in
         model.trainable_variables]``; needed if mapping has names.
 
@@ -123,14 +124,13 @@ def to_keras(
     """
     foreign = to_theirs(state, params, mapping, tx, lr_in_momentum=True)
     order = _order(mapping, names)
-    if set(order) != set(foreign.entries):
-        raise ValueError(f"mapping must name each of {order}, and names {list(foreign.entries)}")
+    kept = {name: entry for name, entry in foreign.entries.items() if entry is not None}
+    if set(order) != set(kept):
+        raise ValueError(f"mapping must name each of {order}, and tx keeps a state of {list(kept)}")
     head = [np.asarray(foreign.steps)]
     if learning_rate is not None:
         head.append(np.asarray(learning_rate))
-    return head + [
-        getattr(foreign.entries[name], field) for field in _fields(tx, params) for name in order
-    ]
+    return head + [getattr(kept[name], field) for field in _fields(tx, params) for name in order]
 
 
 def _fields(tx: optax.GradientTransformation, params: optax.Params) -> list[str]:

@@ -1,6 +1,6 @@
 """How the leaves of a tree correspond to the arrays of another framework."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 import math
 from typing import Any, NamedTuple
 
@@ -8,7 +8,6 @@ import jax
 import numpy as np
 import optax
 
-from rmsprop_jax._checks import is_trained
 from rmsprop_jax._leaves import leaf_name
 from rmsprop_jax._storage import is_packed
 from rmsprop_jax._types import PyTree
@@ -58,25 +57,18 @@ def by_path(tree: PyTree) -> dict[str, Any]:
     return leaves
 
 
-def with_state(mapping: LeafMapping, params: optax.Params) -> tuple[LeafMapping, PyTree]:
-    """What of both has a state: no integers."""
-    paths = jax.tree_util.tree_leaves_with_path(params)
-    left_out = {leaf_name(path) for path, leaf in paths if not is_trained(path, leaf)}
-    params = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf if is_trained(path, leaf) else None, params
-    )
-    return {path: leaf for path, leaf in mapping.items() if path not in left_out}, params
-
-
-def resolve(mapping: LeafMapping, params: optax.Params) -> dict[str, Leaf]:
+def resolve(
+    mapping: LeafMapping, params: optax.Params, wanted: Collection[str] | None = None
+) -> dict[str, Leaf]:
     """The mapping with every value a Leaf, which must name each leaf of params, and no other.
 
-    And it must use each of the framework's arrays wholly, and once.
+    Or each of those wanted; others may be named, too. What it names of the framework's arrays it
+    must use wholly, and once.
     """
-    paths, given = by_path(params), set(mapping)
-    if missing := sorted(set(paths) - given):
+    paths = set(by_path(params))
+    if missing := sorted(set(paths if wanted is None else wanted) - set(mapping)):
         raise ValueError(f"mapping must name every parameter: {missing} are missing")
-    if unexpected := sorted(given - set(paths)):
+    if unexpected := sorted(set(mapping) - paths):
         raise ValueError(f"mapping names {unexpected}, of which params has only {sorted(paths)}")
     leaves = {path: as_leaf(value) for path, value in mapping.items()}
     parts: dict[Name, dict[str, tuple[int, int, int]]] = {}
@@ -98,13 +90,21 @@ def as_leaf(value: Any) -> Leaf:
     return leaf
 
 
-def refuse_unmapped(names: Iterable[Name], leaves: Mapping[str, Leaf]) -> None:
-    """Refuses arrays that no leaf is mapped to, and leaves mapped to none."""
-    have, used = set(names), {name for leaf in leaves.values() for name in leaf.names()}
-    if missing := sorted(used - have, key=str):
+def refuse_unmapped(
+    names: Iterable[Name], leaves: Mapping[str, Leaf], wanted: Collection[str] | None = None
+) -> None:
+    """Refuses arrays that no leaf is mapped to, and leaves mapped to none, if they are wanted."""
+    have, used = set(names), set(names_of(leaves.values()))
+    wanted = leaves if wanted is None else wanted
+    if missing := sorted(set(names_of(leaves[path] for path in wanted)) - have, key=str):
         raise ValueError(f"mapping names {missing}, of which there are only {_some(have)}")
     if unused := sorted(have - used, key=str):
         raise ValueError(f"mapping names nothing of {unused}")
+
+
+def names_of(leaves: Iterable[Leaf]) -> list[Name]:
+    """All arrays that leaves are made of, each once."""
+    return list(dict.fromkeys(name for leaf in leaves for name in leaf.names()))
 
 
 def take(array: np.ndarray, leaf: Leaf, shape: tuple[int, ...], what: str) -> np.ndarray:

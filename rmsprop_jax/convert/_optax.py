@@ -9,8 +9,11 @@ import numpy as np
 import optax
 
 from rmsprop_jax._leaves import leaf_name
-from rmsprop_jax.convert._mapping import Leaf, LeafMapping, Name, by_path, take, with_state
-from rmsprop_jax.convert._state import Entry, Foreign, place, rules_at, to_ours, to_theirs
+from rmsprop_jax.convert._arrays import place
+from rmsprop_jax.convert._counts import COUNTERS, at_step, is_counter
+from rmsprop_jax.convert._foreign import Entry, Foreign
+from rmsprop_jax.convert._mapping import Leaf, LeafMapping, Name, by_path, take
+from rmsprop_jax.convert._state import rules_at, to_ours, to_theirs
 
 # Of these Optax exports but four. Adam's, say, has the same fields.
 _STATES = {
@@ -21,6 +24,7 @@ _STATES = {
     "ScaleByScheduleState",
     "TraceState",
 }
+_SLOTS = {"nu", "mu", "trace"}
 
 
 def from_optax(
@@ -36,19 +40,21 @@ def from_optax(
     Optax's points downhill. Under bias correction both are divided by 1 - decay^steps.
 
     Args:
-      opt_state: of ``optax.rmsprop``, in any of its forms.
+      opt_state: of ``optax.rmsprop``, in any of its forms and of Optax's wrappers, or of several
+        for different parameters.
       params: tree of parameters; only its structure, shapes, dtypes and placement count.
       tx: the transformation to go on with, ``rmsprop(...)`` as a rule. It may be wrapped: every
-        RMSPropState in its state is filled, schedules of
-        ``optax.inject_hyperparams`` go on, and all else is as ``init`` makes it.
-      steps: how many were taken; None for what opt_state says, which knows it if it has a schedule
-        or bias correction, or else 0.
+        RMSPropState in its state is filled, the counts of wrappers and schedules go on, and all
+        else is as ``init`` makes it.
+      steps: how many were taken; None for what opt_state says, which knows it if it has a schedule,
+        bias correction, or ``optax.MultiSteps`` around it, or else 0.
 
     Returns:
       The state of tx.
 
     Raises:
-      ValueError: if opt_state is of another form than tx, or of another tree than params.
+      ValueError: if opt_state is of another form than tx, or of another tree than params, or its
+        counts differ and steps is not given.
       TypeError: if tx is not a transformation of this library.
 
     Example:
@@ -61,29 +67,36 @@ def from_optax(
       [10. 40.]
     """
     found = [state for state in jax.tree.leaves(opt_state, is_leaf=_is_theirs) if _is_theirs(state)]
-    fields = {name: value for state in found for name, value in state._asdict().items()}
-    if "nu" not in fields or sum("nu" in state._fields for state in found) > 1:
+    slots: dict[str, dict[str, Any]] = {name: {} for name in _SLOTS}
+    for state in found:
+        for name in _SLOTS & set(state._fields):
+            held = by_path(getattr(state, name))
+            if twice := sorted(set(held) & set(slots[name])):
+                raise ValueError(
+                    f"opt_state must be of one optax.rmsprop, and has {name} of {twice} twice"
+                )
+            slots[name] |= held
+    if not slots["nu"]:
         raise ValueError(f"opt_state must be of one optax.rmsprop, got {opt_state!r}")
-    counts = {int(state.count) for state in found if "count" in state._fields}
+    for name in ("mu", "trace"):
+        if slots[name] and (differ := sorted(set(slots[name]) ^ set(slots["nu"]))):
+            raise ValueError(f"opt_state has nu or {name} of {differ}, but not both")
     if steps is None:
-        if len(counts) > 1:
-            raise ValueError(f"opt_state has the counts {sorted(counts)}: give steps")
-        steps = counts.pop() if counts else 0
+        counts = _counts(opt_state)
+        found_steps = sorted({count for _, count in counts}) or [0]
+        if len(found_steps) > 1:
+            raise ValueError(
+                f"opt_state has the counts {found_steps}: give steps. They are of {sorted(counts)}"
+            )
+        (steps,) = found_steps
     corrected = any({"nu", "count"} <= set(state._fields) for state in found)
-    slots = {name: by_path(fields[name]) for name in ("nu", "mu", "trace") if name in fields}
     entries: dict[Name, Entry | None] = {}
-    for slot in slots:
-        if differ := sorted(set(slots[slot]) ^ set(slots["nu"])):
-            raise ValueError(f"opt_state has nu or {slot} of {differ}, but not both")
-    mapping, untrained = _mapping(params)
     for path, nu in slots["nu"].items():
-        if path in untrained:
-            continue
-        mu, trace = (np.asarray(slots[n][path]) if n in slots else None for n in ("mu", "trace"))
+        mu, trace = (np.asarray(slots[n][path]) if slots[n] else None for n in ("mu", "trace"))
         entries[path] = Entry(np.asarray(nu), mu, None if trace is None else -trace)
     weight_sum = _weight_sum(tx, params, steps) if corrected else None
     foreign = Foreign(entries, steps, lr_in_momentum=True, weight_sum=weight_sum)
-    return to_ours(foreign, params, mapping, tx)
+    return to_ours(foreign, params, _mapping(params), tx)
 
 
 def to_optax(
@@ -117,16 +130,16 @@ def to_optax(
       >>> print(opt_state[0].nu["w"].round(4))
       [10. 40.]
     """
-    mapping, untrained = _mapping(params)
-    foreign = to_theirs(state, params, mapping, tx, lr_in_momentum=True)
+    foreign = to_theirs(state, params, _mapping(params), tx, lr_in_momentum=True)
+    kept = {name for name, entry in foreign.entries.items() if entry is not None}
     has = {field: _has(foreign, field) for field in ("nu", "mu", "trace")}
 
     def slot(field: str, path: KeyPath, old: Any) -> Any:
         where = leaf_name(path)
-        if where in untrained:
-            return old
         if where not in foreign.entries:
             raise ValueError(f"like has {where!r}, and params has not")
+        if where not in kept:
+            return old
         value = getattr(foreign.entries[where], field)
         value = take(value, Leaf(where), np.shape(old), f"{field} of {where!r}")
         return place(old, -value if field == "trace" else value)
@@ -135,34 +148,51 @@ def to_optax(
         if not _is_theirs(old):
             return old
         new: dict[str, Any] = {}
-        for field in set(old._fields) & set(has):
+        for field in _SLOTS & set(old._fields):
             if not has[field]:
                 raise ValueError(f"like has {field}, and tx has not")
-            tree = getattr(old, field)
-            if missing := sorted(set(mapping) - set(by_path(tree))):
-                raise ValueError(f"like has no {field} of {missing}")
-            new[field] = tree_map_with_path(functools.partial(slot, field), tree)
-            used.add(field)
+            new[field] = tree_map_with_path(functools.partial(slot, field), getattr(old, field))
+            filled[field] |= set(by_path(new[field]))
         if "count" in old._fields:
             new["count"] = place(old.count, np.asarray(foreign.steps))
             corrected.append("nu" in old._fields)
         return old._replace(**new)
 
-    used: set[str] = set()
+    filled: dict[str, set[str]] = {field: set() for field in has}
     corrected: list[bool] = []
-    filled = jax.tree.map(fill, like, is_leaf=_is_theirs)
-    if left := sorted(field for field in has if has[field] and field not in used):
+    made = jax.tree.map(fill, at_step(like, foreign.steps), is_leaf=_is_theirs)
+    if left := sorted(field for field in has if has[field] and not filled[field]):
         raise ValueError(f"tx has {left}, and like has not")
+    for field, paths in filled.items():
+        if paths and (missing := sorted(kept - paths)):
+            raise ValueError(f"like has no {field} of {missing}")
     if any(corrected) != (foreign.weight_sum is not None):
         raise ValueError(f"bias_correction={any(corrected)} in like, but not so in tx")
-    return filled
+    return made
 
 
-def _mapping(params: optax.Params) -> tuple[LeafMapping, set[str]]:
-    """Of each leaf that has a state, to itself; and the paths of the others."""
-    paths = {path: path for path in by_path(params)}
-    mapping, _ = with_state(paths, params)
-    return mapping, set(paths) - set(mapping)
+def _mapping(params: optax.Params) -> LeafMapping:
+    """Of each leaf to itself."""
+    return {path: path for path in by_path(params)}
+
+
+def _counts(opt_state: optax.OptState) -> set[tuple[str, int]]:
+    """The counts of updates in optax.rmsprop and around it, with the states that they are of."""
+
+    def is_either(node: Any) -> bool:
+        return is_counter(node) or _is_theirs(node)
+
+    counts: set[tuple[str, int]] = set()
+    for node in jax.tree.leaves(opt_state, is_leaf=is_either):
+        counter, inner = COUNTERS.get(type(node), ("count", None))
+        within = _counts(getattr(node, inner)) if inner else set()
+        counts |= within
+        if isinstance(node, optax.MultiStepsState) and within:
+            continue  # which may have been put around it later
+        around = inner and any(map(_is_theirs, jax.tree.leaves(node, is_leaf=_is_theirs)))
+        if (around or _is_theirs(node)) and counter in node._fields:
+            counts.add((type(node).__name__, int(getattr(node, counter))))
+    return counts
 
 
 def _has(foreign: Foreign, field: str) -> bool:

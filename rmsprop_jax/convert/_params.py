@@ -10,7 +10,7 @@ import optax
 
 from rmsprop_jax._leaves import leaf_name
 from rmsprop_jax._types import PyTree
-from rmsprop_jax.convert._arrays import array
+from rmsprop_jax.convert._arrays import array, place
 from rmsprop_jax.convert._mapping import (
     LeafMapping,
     Name,
@@ -20,7 +20,6 @@ from rmsprop_jax.convert._mapping import (
     resolve,
     take,
 )
-from rmsprop_jax.convert._state import place
 
 
 def params_from(arrays: Mapping[Name, Any], params: optax.Params, mapping: LeafMapping) -> PyTree:

@@ -1,8 +1,8 @@
 """The state of a transformation from and to what every framework remembers of an array."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,14 @@ import numpy as np
 import optax
 
 from rmsprop_jax._asking import reports
+from rmsprop_jax._checks import is_trained
 from rmsprop_jax._leaves import leaf_name
 from rmsprop_jax._rule import RMSPropState, Rule, is_ours, rules_in, rules_of
 from rmsprop_jax._schedule import real
 from rmsprop_jax._storage import Slot, is_packed, slots_of, with_slots
+from rmsprop_jax.convert._arrays import by_parts, narrow, place, square, wide
+from rmsprop_jax.convert._counts import at_step
+from rmsprop_jax.convert._foreign import Entry, Foreign, refuse_impossible
 from rmsprop_jax.convert._groups import static_args
 from rmsprop_jax.convert._mapping import (
     Leaf,
@@ -22,43 +26,11 @@ from rmsprop_jax.convert._mapping import (
     Name,
     assembled,
     by_path,
+    names_of,
     refuse_unmapped,
     resolve,
     take,
-    with_state,
 )
-
-
-class Entry(NamedTuple):
-    """What a framework remembers of one array; None for what it does not.
-
-    Attributes:
-      nu: second moment of the gradient, never its variance.
-      mu: mean of the gradient.
-      trace: momentum buffer; the parameters move against it.
-    """
-
-    nu: np.ndarray
-    mu: np.ndarray | None = None
-    trace: np.ndarray | None = None
-
-
-class Foreign(NamedTuple):
-    """All that a framework remembers.
-
-    Attributes:
-      entries: by name; None for an array that has not taken a step.
-      steps: how many were taken.
-      lr_in_momentum: whether the buffers contain the learning rate.
-      weight_sum: the number by which nu and mu are to be divided, if they are biased.
-      idle_momentum: whether there are buffers even where there is no momentum.
-    """
-
-    entries: Mapping[Name, Entry | None]
-    steps: int
-    lr_in_momentum: bool
-    weight_sum: float | None = None
-    idle_momentum: bool = False
 
 
 def to_ours(
@@ -66,23 +38,23 @@ def to_ours(
 ) -> optax.OptState:
     """The state of tx after init, with what the framework remembers in every RMSPropState."""
     rules = rules_of(tx, params)
-    start = _at_step(tx.init(params), foreign.steps)
-    leaves = resolve(*with_state(mapping, params))
-    refuse_unmapped(foreign.entries, leaves)
+    if foreign.steps < 0:
+        raise ValueError(f"the source has taken {foreign.steps} steps: it must be at least 0")
+    start = at_step(tx.init(params), foreign.steps)
+    kept = _kept(start, params)
+    leaves = resolve(mapping, params, kept)
+    refuse_unmapped(foreign.entries, leaves, kept)
+    for name in names_of(leaves[path] for path in kept):
+        refuse_impossible(name, foreign.entries[name], foreign.weight_sum or 1.0)
     scale = _scale(foreign, rules, functools.partial(rules_at, tx, start, params))
-    filled: set[str] = set()
 
     def fill(state: optax.OptState) -> optax.OptState:
         if not isinstance(state, RMSPropState):
             return state
 
         def slot(field: str, path: KeyPath, old: Slot) -> Slot:
-            where = leaf_name(path)
-            if where not in leaves:
-                raise ValueError(f"tx keeps its state in another form than params: at {where!r}")
-            filled.add(where)
-            name = leaves[where].name
-            entry = foreign.entries[name]
+            leaf = leaves[leaf_name(path)]
+            entry = foreign.entries[leaf.name]
             if entry is None:
                 return old
             for needed in ("mu", "trace"):
@@ -92,9 +64,10 @@ def to_ours(
                     kind = {"mu": "centered", "trace": "momentum"}[needed]
                     has, lacks = ("the source", "tx") if ours is None else ("tx", "the source")
                     raise ValueError(
-                        f"{has} has {kind} for {name!r}, which {lacks} has not{static_args(rules)}"
+                        f"{has} has {kind} for {leaf.name!r}, which {lacks} has not"
+                        f"{static_args(rules)}"
                     )
-            value = _slot(field, entry, leaves[where], old, foreign.weight_sum or 1.0)
+            value = _slot(field, entry, leaf, old, foreign.weight_sum or 1.0)
             return place(old, value * scale if field == "trace" else value)
 
         trees = {}
@@ -111,10 +84,18 @@ def to_ours(
             count=place(state.count, np.asarray(foreign.steps)), weight_sum=weight_sum, **trees
         )
 
-    state = jax.tree.map(fill, start, is_leaf=is_ours)
-    if left := sorted(set(leaves) - filled):
-        raise ValueError(f"tx keeps no state for {left}")
-    return state
+    return jax.tree.map(fill, start, is_leaf=is_ours)
+
+
+def _kept(state: optax.OptState, params: optax.Params) -> set[str]:
+    """The paths of the parameters that have a state: not of integers, nor of what is frozen."""
+    states = [node for node in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(node)]
+    kept = {path for one in states for path in by_path(slots_of(one.nu))}
+    if other := sorted(kept - set(by_path(params))):
+        raise ValueError(f"tx keeps its state in another form than params: at {other}")
+    if not kept:
+        raise ValueError("tx keeps no state for any parameter")
+    return kept
 
 
 def to_theirs(
@@ -125,9 +106,14 @@ def to_theirs(
     *,
     lr_in_momentum: bool,
 ) -> Foreign:
-    """What a framework would remember, of a state of tx. Its entries are whole arrays."""
-    leaves = resolve(*with_state(mapping, params))
+    """What a framework would remember, of a state of tx.
+
+    Its entries are whole arrays; None for those that are mapped to what tx keeps no state for.
+    """
     rules = rules_of(tx, params)
+    kept = _kept(tx.init(params), params)
+    mapped = resolve(mapping, params, kept)
+    leaves = {path: leaf for path, leaf in mapped.items() if path in kept}
     wanted = [rule.in_use() for rule in rules]
     ours = [leaf for leaf in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(leaf)]
     if not ours:
@@ -147,13 +133,13 @@ def to_theirs(
         for path, held in s.items():
             if path in slots["nu"]:
                 raise ValueError(f"state has {path!r} twice")
-            v = _wide(held)
+            v = wide(held)
             if path in m:
-                v = v + _square(_wide(m[path]), complex_parts=np.iscomplexobj(v))
-                slots["mu"][path] = _narrow(_wide(m[path]) * w, m[path])
-            slots["nu"][path] = _narrow(v * w, held)
+                v = v + square(wide(m[path]), complex_parts=np.iscomplexobj(v))
+                slots["mu"][path] = narrow(wide(m[path]) * w, m[path])
+            slots["nu"][path] = narrow(v * w, held)
             if path in b:
-                slots["trace"][path] = _narrow(_wide(b[path]) * scale, b[path])
+                slots["trace"][path] = narrow(wide(b[path]) * scale, b[path])
     if missing := sorted(set(leaves) - set(slots["nu"])):
         raise ValueError(f"state has nothing for {missing}")
     if unexpected := sorted(set(slots["nu"]) - set(leaves)):
@@ -162,7 +148,8 @@ def to_theirs(
         field: assembled(values, {path: leaves[path] for path in values})
         for field, values in slots.items()
     }
-    entries = {
+    entries: dict[Name, Entry | None] = dict.fromkeys(names_of(mapped.values()))
+    entries |= {
         name: Entry(nu, whole["mu"].get(name), whole["trace"].get(name))
         for name, nu in whole["nu"].items()
     }
@@ -174,18 +161,17 @@ def _slot(field: str, entry: Entry, leaf: Leaf, old: Slot, w: float) -> np.ndarr
 
     def taken(name: str) -> np.ndarray:
         what = f"{name} of {leaf.name!r}"
-        return _wide(take(np.asarray(getattr(entry, name)), leaf, old.shape, what))
+        return wide(take(np.asarray(getattr(entry, name)), leaf, old.shape, what))
 
     if field != "nu":
         return taken(field) / (w if field == "mu" else 1.0)
     v = taken("nu") / w
     if not np.iscomplexobj(old):
         v = v.real
-    if entry.mu is None:
-        return v
-    s = v - _square(taken("mu") / w, complex_parts=np.iscomplexobj(v))
+    if entry.mu is not None:
+        v = v - square(taken("mu") / w, complex_parts=np.iscomplexobj(v))
     zero = np.zeros(())
-    return _by_parts(lambda part: np.maximum(part, zero), s)
+    return by_parts(lambda part: np.maximum(part, zero), v)
 
 
 def _scale(
@@ -216,24 +202,6 @@ def _scale(
     return 1 / rate if foreign.lr_in_momentum else rate
 
 
-def _at_step(state: optax.OptState, count: int) -> optax.OptState:
-    """A state in which the schedules of ``optax.inject_hyperparams`` have taken so many steps."""
-
-    def is_injected(node: Any) -> bool:
-        return isinstance(node, optax.InjectStatefulHyperparamsState)
-
-    def fill(node: Any) -> Any:
-        if not is_injected(node):
-            return node
-        steps, schedules = place(node.count, np.asarray(count)), node.hyperparams_states
-        if optax.tree.get_all_with_path(schedules, "count"):
-            schedules = optax.tree.set(schedules, count=steps)
-        inner = _at_step(node.inner_state, count)
-        return node._replace(count=steps, hyperparams_states=schedules, inner_state=inner)
-
-    return jax.tree.map(fill, state, is_leaf=is_injected)
-
-
 def rules_at(
     tx: optax.GradientTransformation, state: optax.OptState, params: optax.Params
 ) -> list[Rule]:
@@ -241,8 +209,11 @@ def rules_at(
     rules = rules_of(tx, params)
     if not any(isinstance(h, jax.ShapeDtypeStruct) for rule in rules for h in rule.hyper):
         return rules
-    _, params = with_state({}, params)
-    zeros = jax.tree.map(lambda x: jnp.zeros(np.shape(x), jnp.result_type(x)), params)
+
+    def zero(path: KeyPath, x: Any) -> jax.Array | None:
+        return jnp.zeros(np.shape(x), jnp.result_type(x)) if is_trained(path, x) else None
+
+    zeros = tree_map_with_path(zero, params)
     with reports() as found:
         tx.update(zeros, state, zeros)
     if not (rules := rules_in([part for part, _ in found])):
@@ -254,30 +225,3 @@ def _rate(rule: Rule, count: int) -> float:
     rate = rule.hyper.learning_rate
     with jax.numpy_dtype_promotion("standard"):  # as in an update
         return float(real(rate(jnp.asarray(count, jnp.int32)) if callable(rate) else rate))
-
-
-def place(old: Any, value: Any) -> Any:
-    """A copy of value as an array or slot like old, where old is, and as free to move as old is."""
-    if is_packed(old):
-        return jax.tree.map(place, old, old.encode(value))
-    value = np.asarray(value).astype(old.dtype)
-    if not isinstance(old, jax.Array):
-        return value
-    return jax.device_put(value, old.sharding) if old.committed else jnp.asarray(value)
-
-
-def _wide(value: Any) -> np.ndarray:
-    value = np.asarray(value.decode() if is_packed(value) else value)
-    return value.astype(np.result_type(value.dtype, np.float64))
-
-
-def _narrow(value: np.ndarray, like: Slot) -> np.ndarray:
-    return value.astype(np.promote_types(like.dtype, np.float32))
-
-
-def _square(m: np.ndarray, *, complex_parts: bool) -> np.ndarray:
-    return _by_parts(np.square, m) if complex_parts else np.square(m.real) + np.square(m.imag)
-
-
-def _by_parts(f: Callable[[np.ndarray], np.ndarray], z: np.ndarray) -> np.ndarray:
-    return f(z.real) + 1j * f(z.imag) if np.iscomplexobj(z) else f(z)

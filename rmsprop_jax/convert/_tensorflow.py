@@ -7,8 +7,9 @@ import numpy as np
 import optax
 
 from rmsprop_jax.convert._arrays import array
+from rmsprop_jax.convert._foreign import Entry, Foreign
 from rmsprop_jax.convert._mapping import LeafMapping, Name
-from rmsprop_jax.convert._state import Entry, Foreign, to_ours, to_theirs
+from rmsprop_jax.convert._state import to_ours, to_theirs
 
 Slots = Mapping[str, Mapping[Name, Any]]
 
@@ -37,8 +38,8 @@ def from_tensorflow_v1(
       mapping: for each leaf of params by its path, as "layer/kernel", the name of TensorFlow's
         variable, or a :class:`Leaf` if the layouts differ.
       tx: the transformation to go on with, ``dialects.tensorflow_v1(...)`` as a rule. It may be
-        wrapped: every RMSPropState in its state is filled, schedules of
-        ``optax.inject_hyperparams`` go on, and all else is as ``init`` makes it.
+        wrapped: every RMSPropState in its state is filled, the counts of wrappers and schedules
+        go on, and all else is as ``init`` makes it.
       steps: how many were taken, for the schedules of tx.
 
     Returns:
@@ -135,7 +136,8 @@ def tensorflow_v1_slots(
       variables["global_step"], if there was one.
 
     Raises:
-      ValueError: if there is no such slot, or a variable has not all of them.
+      ValueError: if there is no such slot, a variable has not all of them, or has those of several
+        optimizers of one name.
 
     Example:
       >>> import numpy as np
@@ -158,7 +160,13 @@ def tensorflow_v1_slots(
         for slot in _SLOTS.values()
     }
     if not slots["rms"]:
-        first, second, third = (ending(optimizer + number) for number in ("", "_1", "_2"))
+        numbers = ("", "_1", "_2", "_3")
+        first, second, third, fourth = (ending(optimizer + number) for number in numbers)
+        if fourth:
+            raise ValueError(
+                f"{sorted(fourth, key=str)} have four slots {optimizer!r} or more: "
+                "they are of several optimizers, and whose is which is not known"
+            )
         slots = {"rms": first, "mg": second if third else {}, "momentum": third or second}
     if not slots["rms"]:
         raise ValueError(f"no variable is named like 'w/{optimizer}': {sorted(variables)[:20]}")

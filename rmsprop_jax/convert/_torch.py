@@ -8,6 +8,7 @@ import optax
 
 from rmsprop_jax._rule import Rule, rules_of
 from rmsprop_jax.convert._arrays import array
+from rmsprop_jax.convert._foreign import Entry, Foreign
 from rmsprop_jax.convert._groups import (
     Group,
     check_rules,
@@ -16,7 +17,7 @@ from rmsprop_jax.convert._groups import (
     timm_rule,
 )
 from rmsprop_jax.convert._mapping import LeafMapping, Name, as_leaf
-from rmsprop_jax.convert._state import Entry, Foreign, to_ours, to_theirs
+from rmsprop_jax.convert._state import to_ours, to_theirs
 
 StateDict = Mapping[str, Any]
 
@@ -203,17 +204,18 @@ def _to(
     for number, name, group in _numbered(groups, names, mapping):
         if name not in entries:
             raise ValueError(f"mapping names nothing of {name!r}")
+        if (entry := entries.pop(name)) is None:
+            continue
         slots = {
-            key: getattr(entries[name], field)
+            key: getattr(entry, field)
             for field, key in _SLOTS.items()
-            if getattr(entries[name], field) is not None
+            if getattr(entry, field) is not None
         }
         _entry(slots | {"step": 0}, f"the state for {name!r}", rule_of(group))
         step = np.asarray(foreign.steps, np.float32)
         held[number] = {"step": tensor(step)} | {key: tensor(a) for key, a in slots.items()}
-        del entries[name]
-    if entries:
-        raise ValueError(f"mapping names {sorted(entries, key=str)}, which no group has")
+    if left := sorted((name for name, entry in entries.items() if entry is not None), key=str):
+        raise ValueError(f"mapping names {left}, which no group has")
     return {"state": held, "param_groups": [dict(group) for group in groups]}
 
 

@@ -46,6 +46,19 @@ def replaced(*keys_and_value):
     return change
 
 
+def spoiled(*keys_and_value):
+    """Puts a number into an array."""
+
+    def change(given):
+        *keys, last, value = keys_and_value
+        for key in keys:
+            given = given[key]
+        given[last] = np.array(given[last])
+        given[last].flat[0] = value
+
+    return change
+
+
 MOMENTUM = {"momentum": 0.9}
 WRONG = np.ones((7, 7), np.float32)
 BAD_CHECKPOINTS = [
@@ -97,6 +110,15 @@ BAD_CHECKPOINTS = [
     ("tensorflow", without("momentum", "fc.bias"), r"differ in \['fc.bias'\]"),
     ("tensorflow", replaced("rms", "fc.bias", WRONG), "nu of 'fc.bias' has shape"),
     ("tensorflow", replaced("mg", {}), None),  # as good as none
+    # What no gradients leave behind.
+    ("pytorch", spoiled("state", 1, "square_avg", np.nan), "nu of 'flat.weight' .* not finite"),
+    ("pytorch", spoiled("state", 1, "momentum_buffer", np.inf), "trace of 'flat.w.* not finite"),
+    ("pytorch", spoiled("state", 1, "square_avg", -1.0), "nu of 'flat.weight' .* has -1.0 in it"),
+    ("timm", spoiled("state", 0, "square_avg", np.inf), "nu of 'cell.weight' .* not finite"),
+    ("keras", spoiled(3, -9.0), "nu of 'flat.weight' is a second moment, and has -9.0"),
+    ("keras", spoiled(9, np.nan), "trace of 'fc.bias' has numbers that are not finite"),
+    ("tensorflow", spoiled("rms", "fc.bias", -1.0), "nu of 'fc.bias' is a second moment"),
+    ("tensorflow", spoiled("momentum", "fc.bias", np.inf), "trace of 'fc.bias' .* not finite"),
 ]
 
 
@@ -116,6 +138,23 @@ def test_refuses_checkpoints(name, change, message):
     assert jax.tree.structure(given) == jax.tree.structure(before)
 
 
+def test_a_second_moment_below_0_by_rounding_is_0():
+    framework = Framework("pytorch")
+    params, state = begun(framework.tx, tree())
+    given = framework.to(state, params)
+    spoiled("state", 3, "square_avg", -1e-9)(given)
+    found = framework.back(given, params)
+    np.testing.assert_array_equal(found.nu["fc"]["bias"], [0, state.nu["fc"]["bias"][1]])
+
+
+def test_a_number_of_steps_is_none_below_0():
+    framework = Framework("tensorflow")
+    params, state = begun(framework.tx, tree())
+    given = framework.to(state, params)
+    with pytest.raises(ValueError, match="taken -1 steps: it must be at least 0"):
+        convert.from_tensorflow_v1(given, params, MAPPING, framework.tx, steps=-1)
+
+
 @pytest.mark.parametrize("form", [{}, {"momentum": 0.9}, {"centered": True}])
 @pytest.mark.parametrize("other", [{}, {"momentum": 0.9}, {"centered": True}])
 @pytest.mark.parametrize("name", ["pytorch", "timm", "keras", "tensorflow", "optax"])
@@ -131,7 +170,10 @@ def test_refuses_another_form(name, form, other):
     # TensorFlow keeps a momentum even where there is none, and Keras one more array, of the same
     # shapes, in either.
     untold = {"tensorflow": {*form, *other} == {"momentum"}, "keras": form and other}
-    if untold.get(name):
+    if name == "keras" and form == MOMENTUM and other:
+        with pytest.raises(ValueError, match="is a mean, but larger than the root of nu"):
+            wanted.back(given, params)
+    elif untold.get(name):
         found = wanted.back(given, params)
         assert (found.trace is None, found.mu is None) == tuple(
             kind not in other for kind in ("momentum", "centered")

@@ -84,6 +84,9 @@ def test_tensorflow_slots_by_name():
         convert.tensorflow_v1_slots(variables | {"b": w, "b/RMSProp": ones})
     with pytest.raises(ValueError, match=r"\['b'\] have a slot 'rms' or a slot 'mg'"):
         convert.tensorflow_v1_slots(variables | {f"b/RMSProp{i}": ones for i in ("", "_2")})
+    two = {f"a/w/RMSProp_{i}": ones for i in (2, 3)}  # the rms and momentum of another
+    with pytest.raises(ValueError, match=r"\['a/w'\] have four slots 'RMSProp' or more"):
+        convert.tensorflow_v1_slots(variables | two)
 
 
 def test_tensorflow_keeps_a_momentum_that_is_left_alone():

@@ -57,6 +57,7 @@ def test_what_to_write_can_be_written(call):
         "scale_by_rms": scale_by_rms,
         "schedule": optax.constant_schedule(0.1),
         "labels": {"w": "a", "v": "b"},
+        "steps_per_epoch": 100,
     }
     tx = eval(call.strip("`"), names)
     assert "x <- x - " in describe(tx)

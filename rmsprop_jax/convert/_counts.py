@@ -1,0 +1,37 @@
+"""How many updates were made, in the states of Optax that count them."""
+
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from rmsprop_jax.convert._arrays import place
+
+# The states of Optax that count updates, and the names of their count and of the state inside.
+COUNTERS: dict[type, tuple[str, str | None]] = {
+    optax.InjectStatefulHyperparamsState: ("count", "inner_state"),
+    optax.MultiStepsState: ("gradient_step", "inner_opt_state"),
+    optax.ScaleByScheduleState: ("count", None),
+}
+
+
+def at_step(state: optax.OptState, count: int) -> optax.OptState:
+    """A state in which what counts updates, beside our own states, has counted so many."""
+
+    def fill(node: Any) -> Any:
+        if not is_counter(node):
+            return node
+        counter, inner = COUNTERS[type(node)]
+        steps = place(getattr(node, counter), np.asarray(count))
+        new = {counter: steps} | ({inner: at_step(getattr(node, inner), count)} if inner else {})
+        if optax.tree.get_all_with_path(getattr(node, "hyperparams_states", ()), "count"):
+            new["hyperparams_states"] = optax.tree.set(node.hyperparams_states, count=steps)
+        return node._replace(**new)
+
+    return jax.tree.map(fill, state, is_leaf=is_counter)
+
+
+def is_counter(node: Any) -> bool:
+    """Whether this is a state of Optax's that counts updates."""
+    return type(node) in COUNTERS

@@ -1,0 +1,59 @@
+"""What other frameworks remember of an array, and what they cannot have."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from rmsprop_jax.convert._arrays import wide
+from rmsprop_jax.convert._mapping import Name
+
+_ROUNDING = 1e-6  # of the largest number: as far below 0 as that, it is 0
+
+
+class Entry(NamedTuple):
+    """What a framework remembers of one array; None for what it does not.
+
+    Attributes:
+      nu: second moment of the gradient, never its variance.
+      mu: mean of the gradient.
+      trace: momentum buffer; the parameters move against it.
+    """
+
+    nu: np.ndarray
+    mu: np.ndarray | None = None
+    trace: np.ndarray | None = None
+
+
+class Foreign(NamedTuple):
+    """All that a framework remembers.
+
+    Attributes:
+      entries: by name; None for an array that has not taken a step.
+      steps: how many were taken.
+      lr_in_momentum: whether the buffers contain the learning rate.
+      weight_sum: the number by which nu and mu are to be divided, if they are biased.
+      idle_momentum: whether there are buffers even where there is no momentum.
+    """
+
+    entries: Mapping[Name, Entry | None]
+    steps: int
+    lr_in_momentum: bool
+    weight_sum: float | None = None
+    idle_momentum: bool = False
+
+
+def refuse_impossible(name: Name, entry: Entry | None, w: float) -> None:
+    """Refuses what no gradients leave behind: as of other arrays, or of a run that broke off."""
+    if entry is None:
+        return
+    for field, value in entry._asdict().items():
+        if value is not None and not np.all(np.isfinite(wide(value))):
+            raise ValueError(f"{field} of {name!r} has numbers that are not finite")
+    v = wide(entry.nu) / w
+    if np.any(low := np.minimum(v.real, v.imag) < -_ROUNDING * np.max(abs(v), initial=0)):
+        raise ValueError(f"nu of {name!r} is a second moment, and has {v[low][0]} in it")
+    if entry.mu is not None and np.shape(entry.mu) == v.shape:
+        m, most = abs(wide(entry.mu) / w), 2 * np.sqrt(np.maximum(v.real + v.imag, 0))
+        if np.any(m > most + np.finfo(np.float32).tiny ** 0.5):
+            raise ValueError(f"mu of {name!r} is a mean, but larger than the root of nu by far")
