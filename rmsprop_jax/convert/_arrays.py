@@ -10,8 +10,22 @@ import numpy as np
 from rmsprop_jax._storage import Slot, is_packed
 
 
-def array(value: Any) -> np.ndarray:
-    """A tensor of PyTorch, on any device, or of another framework, or an array."""
+def array(value: Any, what: str = "an array") -> np.ndarray:
+    """A tensor of PyTorch, on any device, or of another framework, or an array.
+
+    Raises:
+      ValueError: if its numbers are not here; it is then called what.
+    """
+    if getattr(value, "is_meta", False):
+        raise ValueError(
+            f"{what} is on PyTorch's meta device, which keeps no numbers: load the real ones, as "
+            "torch.load(path, map_location='cpu', weights_only=True) does"
+        )
+    if hasattr(value, "full_tensor"):  # a DTensor
+        raise ValueError(
+            f"{what} is spread over several processes: save whole tensors, as "
+            "StateDictOptions(full_state_dict=True) asks for"
+        )
     if hasattr(value, "detach"):
         value = value.detach().cpu()
         if value.is_floating_point() and value.dtype.itemsize < 4:

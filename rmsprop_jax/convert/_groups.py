@@ -25,7 +25,9 @@ _TIMM = {
 def pytorch_options(group: Group) -> dict[str, Any]:
     """The arguments of ``dialects.pytorch`` for one of ``state_dict["param_groups"]``.
 
-    The learning rate is the one that the group has now.
+    The learning rate is the one that the group has now. A flattened state has a group for each
+    parameter: ``{key.rpartition(".")[2]: value for key, value in state_dict.items() if
+    key.startswith("param_groups.fc.weight.")}``.
 
     Raises:
       ValueError: if the group is not one of ``torch.optim.RMSprop``.

@@ -77,9 +77,13 @@ def torch_norm(path: str, name: str) -> dict[str, Leaf]:
 def torch_norm_stats(path: str, name: str) -> dict[str, Leaf]:
     """The running statistics of Flax's ``BatchNorm``, and PyTorch's of a name.
 
-    For :func:`params_from` on ``batch_stats`` or ``nnx.state(model, nnx.BatchStat)``, with
-    ``{n: b for n, b in model.named_buffers() if b.is_floating_point()}``, which leaves out the
-    number of batches.
+    For :func:`params_from` on ``batch_stats`` or ``nnx.state(model, nnx.BatchStat)``, with the
+    model's ``state_dict()``.
+
+    In training the two move differently. PyTorch's momentum is the weight of the new batch, .1 if
+    it is not set; that of ``linen.BatchNorm`` and ``nnx.BatchNorm`` is the weight of the past, .99
+    if it is not set: for PyTorch's m give Flax 1 - m. And where a batch has n numbers in a channel,
+    the variance that PyTorch adds is the unbiased one, n / (n - 1) times that of Flax.
 
     Example:
       >>> from rmsprop_jax import convert

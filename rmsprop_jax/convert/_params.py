@@ -20,14 +20,18 @@ from rmsprop_jax.convert._mapping import (
     resolve,
     take,
 )
+from rmsprop_jax.convert._names import of_a_kind, refuse_prefixes
 
 
 def params_from(arrays: Mapping[Name, Any], params: optax.Params, mapping: LeafMapping) -> PyTree:
     """A tree of parameters with another framework's values.
 
     Args:
-      arrays: of the framework, by the names of the mapping: ``dict(model.named_parameters())`` of
-        PyTorch, ``{v.path: v for v in model.trainable_variables}`` of Keras.
+      arrays: of the framework, by the names of the mapping: ``model.state_dict()`` of PyTorch, or a
+        file of it, ``{v.path: v for v in model.trainable_variables}`` of Keras. Of a
+        ``state_dict`` with running statistics (running_mean, running_var), what mapping has is
+        taken, the parameters or the statistics, as by :func:`torch_norm_stats`, and must be whole;
+        num_batches_tracked does not count.
       params: the tree that gives structure, shapes, dtypes and placement.
       mapping: for each leaf of params by its path, as "layer/kernel", the name of the framework's
         parameter, or a :class:`Leaf` if the layouts differ.
@@ -48,12 +52,15 @@ def params_from(arrays: Mapping[Name, Any], params: optax.Params, mapping: LeafM
       (3, 2)
     """
     leaves = resolve(mapping, params)
-    refuse_unmapped(arrays, leaves)
+    names = of_a_kind(arrays, mapping)
+    refuse_prefixes(names, mapping, "arrays")
+    refuse_unmapped(names, leaves)
 
     def fill(path: KeyPath, old: Any) -> Any:
         leaf = leaves[leaf_name(path)]
         found = [
-            take(array(arrays[name]), leaf, np.shape(old), f"{name!r}") for name in leaf.names()
+            take(array(arrays[name], repr(name)), leaf, np.shape(old), repr(name))
+            for name in leaf.names()
         ]
         return place(old, sum(found[1:], start=found[0]))
 

@@ -7,7 +7,8 @@ import numpy as np
 import optax
 
 from rmsprop_jax._rule import Rule, rules_of
-from rmsprop_jax.convert._arrays import array
+from rmsprop_jax.convert._entries import SLOTS, check_ignore, check_slots, entry_of
+from rmsprop_jax.convert._flattened import flattened, is_flattened, nested
 from rmsprop_jax.convert._foreign import Entry, Foreign
 from rmsprop_jax.convert._groups import (
     Group,
@@ -17,11 +18,10 @@ from rmsprop_jax.convert._groups import (
     timm_rule,
 )
 from rmsprop_jax.convert._mapping import LeafMapping, Name, as_leaf
+from rmsprop_jax.convert._names import bare, of_a_kind, refuse_prefixes
 from rmsprop_jax.convert._state import to_ours, to_theirs
 
 StateDict = Mapping[str, Any]
-
-_SLOTS = {"nu": "square_avg", "mu": "grad_avg", "trace": "momentum_buffer"}
 
 
 def from_pytorch(
@@ -31,6 +31,7 @@ def from_pytorch(
     tx: optax.GradientTransformation,
     *,
     names: Sequence[str] | None = None,
+    ignore: Sequence[str] = (),
     strict: bool = True,
 ) -> optax.OptState:
     """The state with which a transformation goes on where ``torch.optim.RMSprop`` stopped.
@@ -41,7 +42,9 @@ def from_pytorch(
 
     Args:
       state_dict: of the optimizer: ``optimizer.state_dict()``, or a file of it by
-        ``torch.load(path, weights_only=True)``.
+        ``torch.load(path, weights_only=True)``. Or by names, as ``get_optimizer_state_dict`` of
+        ``torch.distributed.checkpoint.state_dict`` gives it, whole (``full_state_dict=True``), also
+        flattened.
       params: tree of parameters; only its structure, shapes, dtypes and placement count.
       mapping: for each leaf of params by its path, as "layer/kernel", the name or number of
         PyTorch's parameter, or a :class:`Leaf` if the layouts differ.
@@ -51,8 +54,11 @@ def from_pytorch(
       names: PyTorch's names in the order of the optimizer's parameters, group by group. If that is
         the model's, ``[n for n, _ in model.named_parameters()]``; else, with ``name = {p: n for n,
         p in model.named_parameters()}``, ``[name[p] for group in optimizer.param_groups for p in
-        group["params"]]``. Needed if mapping has names and the optimizer was not itself given
-        named parameters.
+        group["params"]]``. If no layers share any, ``list(model.state_dict())`` is as good as
+        the first: names that end in running_mean, running_var or num_batches_tracked do not count.
+        Needed if mapping has names and state_dict has none.
+      ignore: "momentum_buffer", "grad_avg" or both, to leave them out where a group has no use for
+        them: they stay when momentum or centered is switched off in mid-run.
       strict: whether tx must follow the rule of PyTorch's groups, but for the numbers in it.
 
     Returns:
@@ -74,7 +80,7 @@ def from_pytorch(
       >>> print(state.count, state.nu["w"])
       5 [4. 9.]
     """
-    return _from(state_dict, params, mapping, tx, names, strict, pytorch_rule)
+    return _from(state_dict, params, mapping, tx, names, ignore, strict, pytorch_rule)
 
 
 def to_pytorch(
@@ -83,7 +89,7 @@ def to_pytorch(
     mapping: LeafMapping,
     tx: optax.GradientTransformation,
     *,
-    param_groups: Sequence[Group],
+    param_groups: Sequence[Group] | StateDict,
     names: Sequence[str] | None = None,
     tensor: Callable[[np.ndarray], Any] = np.asarray,
     strict: bool = True,
@@ -95,13 +101,15 @@ def to_pytorch(
       params: tree of parameters, as in :func:`from_pytorch`.
       mapping: as in :func:`from_pytorch`.
       tx: the transformation whose state it is.
-      param_groups: of the optimizer that goes on, ``optimizer.state_dict()["param_groups"]``.
+      param_groups: of the optimizer that goes on, ``optimizer.state_dict()["param_groups"]``. Or
+        its flattened state, of which only these count.
       names: as in :func:`from_pytorch`.
       tensor: what turns an array into PyTorch's tensor, ``torch.tensor``.
       strict: whether tx must follow the rule of the groups, but for the numbers in it.
 
     Returns:
-      The argument of ``optimizer.load_state_dict``.
+      The argument of ``optimizer.load_state_dict``; of ``set_optimizer_state_dict``, with the keys
+      of its form, if param_groups has names.
 
     Raises:
       ValueError, TypeError: as :func:`from_pytorch`.
@@ -126,13 +134,14 @@ def from_timm(
     tx: optax.GradientTransformation,
     *,
     names: Sequence[str] | None = None,
+    ignore: Sequence[str] = (),
     strict: bool = True,
 ) -> optax.OptState:
     """:func:`from_pytorch` for timm's ``RMSpropTF``, whose buffer may hold the learning rate.
 
     Args, Returns, Raises: as :func:`from_pytorch`; tx is ``dialects.timm(...)`` as a rule.
     """
-    return _from(state_dict, params, mapping, tx, names, strict, timm_rule)
+    return _from(state_dict, params, mapping, tx, names, ignore, strict, timm_rule)
 
 
 def to_timm(
@@ -141,7 +150,7 @@ def to_timm(
     mapping: LeafMapping,
     tx: optax.GradientTransformation,
     *,
-    param_groups: Sequence[Group],
+    param_groups: Sequence[Group] | StateDict,
     names: Sequence[str] | None = None,
     tensor: Callable[[np.ndarray], Any] = np.asarray,
     strict: bool = True,
@@ -159,9 +168,13 @@ def _from(
     mapping: LeafMapping,
     tx: optax.GradientTransformation,
     names: Sequence[str] | None,
+    ignore: Sequence[str],
     strict: bool,
     rule_of: Callable[[Group], Rule],
 ) -> optax.OptState:
+    check_ignore(ignore)
+    if is_flattened(state_dict):
+        state_dict = nested(state_dict, "state_dict")
     for key in ("state", "param_groups"):
         if not isinstance(state_dict, Mapping) or key not in state_dict:
             raise ValueError(f"state_dict has no {key!r}: it is not an optimizer's state_dict()")
@@ -176,8 +189,9 @@ def _from(
         slots = held.pop(number, None)
         entries[name] = None
         if slots is not None:
-            entries[name] = _entry(slots, f"state[{number}]", rule_of(group))
-            steps.append(int(array(slots["step"])))
+            what, rule = f"state[{number!r}]", rule_of(group)
+            entries[name], step = entry_of(slots, what, rule, ignore)
+            steps.append(step)
     if held:
         raise ValueError(f"state_dict has a state for {sorted(held, key=str)}, which no group has")
     return to_ours(Foreign(entries, max(steps), inside), params, mapping, tx)
@@ -188,12 +202,16 @@ def _to(
     params: optax.Params,
     mapping: LeafMapping,
     tx: optax.GradientTransformation,
-    groups: Sequence[Group],
+    param_groups: Sequence[Group] | StateDict,
     names: Sequence[str] | None,
     tensor: Callable[[np.ndarray], Any],
     strict: bool,
     rule_of: Callable[[Group], Rule],
 ) -> dict[str, Any]:
+    if isinstance(param_groups, Mapping):
+        groups: Sequence[Group] = nested(param_groups, "param_groups")["param_groups"]
+    else:
+        groups = param_groups
     rules = rules_of(tx, params)
     if strict:
         check_rules(groups, rules, rule_of)
@@ -208,43 +226,42 @@ def _to(
             continue
         slots = {
             key: getattr(entry, field)
-            for field, key in _SLOTS.items()
+            for field, key in SLOTS.items()
             if getattr(entry, field) is not None
         }
-        _entry(slots | {"step": 0}, f"the state for {name!r}", rule_of(group))
+        check_slots({"step", *slots}, f"the state for {name!r}", rule_of(group))
         step = np.asarray(foreign.steps, np.float32)
         held[number] = {"step": tensor(step)} | {key: tensor(a) for key, a in slots.items()}
     if left := sorted((name for name, entry in entries.items() if entry is not None), key=str):
         raise ValueError(f"mapping names {left}, which no group has")
+    if isinstance(param_groups, Mapping):
+        return flattened(held, groups)
     return {"state": held, "param_groups": [dict(group) for group in groups]}
-
-
-def _entry(slots: Mapping[str, Any], what: str, rule: Rule) -> Entry:
-    wanted = {"step", "square_avg"}
-    wanted |= {"grad_avg"} if rule.variant.centered else set()
-    wanted |= {"momentum_buffer"} if rule.hyper.momentum is not None else set()
-    if set(slots) != wanted:
-        raise ValueError(f"{what} has {sorted(slots)}, but its group wants {sorted(wanted)}")
-    return Entry(**{f: array(slots[key]) for f, key in _SLOTS.items() if key in slots})
 
 
 def _numbered(
     groups: Sequence[Group], names: Sequence[str] | None, mapping: LeafMapping
 ) -> Iterator[tuple[int, Name, Group]]:
-    """The number and the name of each parameter, and its group.
+    """The number in the state and the name of each parameter, and its group.
 
-    The name is the number if the mapping has numbers.
+    The name is the number if the mapping has numbers. Groups by names have these for numbers.
     """
     numbers = [number for group in groups for number in group["params"]]
     known = [name for group in groups for name in group.get("param_names") or ()]
-    if names is not None and len(names) != len(numbers):
-        raise ValueError(f"names must be those of {len(numbers)} parameters, got {len(names)}")
-    if names is not None and known and list(names) != known:
-        raise ValueError(f"names must be those of param_groups, {known}, got {list(names)}")
+    if numbers and all(isinstance(number, str) for number in numbers):
+        known = numbers
+    if names is not None:
+        given = of_a_kind(names, mapping)
+        if len(given) != len(numbers):
+            raise ValueError(f"names must be those of {len(numbers)} parameters, got {len(given)}")
+        if known and bare(given) != bare(known):
+            raise ValueError(f"names must be those of param_groups, {known}, got {given}")
+        known = given
     if all(isinstance(as_leaf(leaf).name, int) for leaf in mapping.values()):
         named = dict(zip(numbers, numbers, strict=True))
-    elif names or known:
-        named = dict(zip(numbers, names or known, strict=True))
+    elif known:
+        refuse_prefixes(known, mapping, "names")
+        named = dict(zip(numbers, known, strict=True))
     else:
         raise ValueError("names are needed: mapping has names, and the optimizer has not")
     for group in groups:

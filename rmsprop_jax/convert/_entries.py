@@ -1,0 +1,50 @@
+"""What PyTorch's RMSprop and timm's RMSpropTF keep of one parameter."""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from rmsprop_jax._rule import Rule
+from rmsprop_jax.convert._arrays import array
+from rmsprop_jax.convert._foreign import Entry
+
+SLOTS = {"nu": "square_avg", "mu": "grad_avg", "trace": "momentum_buffer"}
+_MAY_BE_LEFT = ("grad_avg", "momentum_buffer")
+
+
+def check_ignore(ignore: Collection[str]) -> None:
+    """Refuses what is not a slot that a group may have no use for."""
+    if isinstance(ignore, str) or not set(ignore) <= set(_MAY_BE_LEFT):
+        raise ValueError(f"ignore must be of {_MAY_BE_LEFT}, as {_MAY_BE_LEFT[1:]}, got {ignore!r}")
+
+
+def check_slots(slots: Collection[str], what: str, rule: Rule) -> None:
+    """Refuses slots that are not those of a rule."""
+    wanted = ["square_avg", "step", *_used(rule)]
+    if set(slots) != set(wanted):
+        raise ValueError(f"{what} has {sorted(slots)}, but its group wants {sorted(wanted)}")
+
+
+def entry_of(
+    slots: Mapping[str, Any], what: str, rule: Rule, ignore: Collection[str]
+) -> tuple[Entry, int]:
+    """What slots hold, but for those left over that are to be ignored, and how many steps."""
+    left = tuple(slot for slot in _MAY_BE_LEFT if slot in slots and slot not in _used(rule))
+    slots_in_use = {slot: value for slot, value in slots.items() if slot not in left}
+    check_slots(slots_in_use, what, rule)
+    if set(left) - set(ignore):
+        raise ValueError(
+            f"{what} has {list(left)} left over, which its group does not use (momentum, centered "
+            f"or both are off): to go on without, convert with ignore={left}"
+        )
+    arrays = {slot: array(value, f"{what}[{slot!r}]") for slot, value in slots_in_use.items()}
+    step = arrays["step"]
+    if step.size != 1 or not float(step.item()).is_integer() or step.item() < 0:
+        raise ValueError(f"{what}['step'] must be how many steps were taken, got {step}")
+    entry = Entry(**{field: arrays[slot] for field, slot in SLOTS.items() if slot in arrays})
+    return entry, int(step.item())
+
+
+def _used(rule: Rule) -> list[str]:
+    """The slots that only some rules use."""
+    used = {"grad_avg": rule.variant.centered, "momentum_buffer": rule.hyper.momentum is not None}
+    return [slot for slot in _MAY_BE_LEFT if used[slot]]
