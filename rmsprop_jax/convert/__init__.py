@@ -21,6 +21,7 @@ float32, and lose what :func:`change_storage` says on the way back. What no grad
 is refused: numbers that are not finite, second moments below 0, means far above their roots.
 """
 
+from rmsprop_jax.convert._bitsandbytes import bitsandbytes_state_dict
 from rmsprop_jax.convert._change_storage import change_storage
 from rmsprop_jax.convert._groups import pytorch_options, timm_options
 from rmsprop_jax.convert._keras import from_keras, to_keras
@@ -56,6 +57,7 @@ from rmsprop_jax.convert._torch import (
 
 __all__ = [
     "Leaf",
+    "bitsandbytes_state_dict",
     "change_storage",
     "from_keras",
     "from_optax",

@@ -68,7 +68,8 @@ def _options(group: Group, later: Mapping[str, Any]) -> dict[str, Any]:
 
 def _number(group: Group, name: str) -> float | bool | None:
     if name not in group:
-        raise ValueError(f"group has no {name!r}: it is of another optimizer or version")
+        whose = "of bitsandbytes (see bitsandbytes_state_dict), or " if "betas" in group else ""
+        raise ValueError(f"group has no {name!r}: it is {whose}of another optimizer or version")
     value = group[name]
     return value if value is None or isinstance(value, bool) else float(value)
 

@@ -29,26 +29,25 @@ TOLERANCE = 1e-11  # in float64, of numbers of size 1
 
 
 def load():
-    return _mapped(json.loads(FIXTURE.read_text()), _decoded)
+    return mapped(json.loads(FIXTURE.read_text()), decoded)
 
 
-def _mapped(tree, f):
+def mapped(tree, f):
     """A tree with f of all that is no dict or list; the keys that are digits as numbers."""
     if isinstance(tree, dict) and "dtype" not in tree:
         return {
-            int(key) if str(key).isdigit() else key: _mapped(value, f)
-            for key, value in tree.items()
+            int(key) if str(key).isdigit() else key: mapped(value, f) for key, value in tree.items()
         }
-    return [_mapped(value, f) for value in tree] if isinstance(tree, list) else f(tree)
+    return [mapped(value, f) for value in tree] if isinstance(tree, list) else f(tree)
 
 
-def _encoded(value):
+def encoded(value):
     if not hasattr(value, "dtype"):
         return value
     return {"dtype": value.dtype.name, "values": value.tolist()}
 
 
-def _decoded(value):
+def decoded(value):
     return np.array(value["values"], value["dtype"]) if isinstance(value, dict) else value
 
 
@@ -110,9 +109,7 @@ def resumed(record, form, state_dict):
     model = network()
     model.load_state_dict({n: torch.as_tensor(a) for n, a in record["model"].items()})
     optimizer = optimizer_of(model, form)
-    state_dict = _mapped(
-        state_dict, lambda a: torch.tensor(_array(a)) if hasattr(a, "dtype") else a
-    )
+    state_dict = mapped(state_dict, lambda a: torch.tensor(_array(a)) if hasattr(a, "dtype") else a)
     if form in ("plain", "named"):
         optimizer.load_state_dict(state_dict)
     else:
@@ -146,7 +143,7 @@ def run():
         checkpoint = state_of("plain", model, optimizer)
         train(model, optimizer, x[K:], y[K:])
         record["off"][option] = {"checkpoint": checkpoint, "final": model.state_dict()}
-    return _mapped(record, lambda a: _array(a) if hasattr(a, "dtype") else a)
+    return mapped(record, lambda a: _array(a) if hasattr(a, "dtype") else a)
 
 
 # In ours.
@@ -209,7 +206,7 @@ def main(argv=None):
     check = parser.parse_args(argv).check
     live = run()
     if not check:
-        FIXTURE.write_text(json.dumps(_mapped(live, _encoded)) + "\n")
+        FIXTURE.write_text(json.dumps(mapped(live, encoded)) + "\n")
         print("written to", FIXTURE)
         return
     import jax

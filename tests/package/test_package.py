@@ -114,6 +114,7 @@ ORDER = [
     "convert._layers",
     "convert._params",
     "convert._groups",
+    "convert._bitsandbytes",
     "convert._flattened",
     "convert._state",
     "convert._entries",
