@@ -10,6 +10,14 @@ CHANNELS, FEATURES = models.IMAGE[-1], models.FLAT[-1]
 EPSILON = {"pytorch": 1e-5, "keras": 1e-3}  # of norms
 
 
+class GRUCellWithBias(nnx.GRUCell):
+    """With the bias that PyTorch's has."""
+
+    def __init__(self, inputs, features, *, rngs, **rest):
+        super().__init__(inputs, features, rngs=rngs, **rest)
+        self.dense_h = nnx.Linear(features, 3 * features, rngs=rngs, **rest)
+
+
 class LinenCnn(linen.Module):
     epsilon: float
 
@@ -32,6 +40,17 @@ class LinenSequence(linen.Module):
             # The cells begin with zeros of the dtype that they are told.
             x = linen.RNN(self.cell(4, param_dtype=jnp.float64, name=f"cell{i}"))(x)
         return linen.Dense(2, name="fc")(x[:, -1])
+
+
+class LinenAttention(linen.Module):
+    epsilon: float
+
+    @linen.compact
+    def __call__(self, x, train):
+        x = linen.Embed(7, models.HEADS * models.SIZE, name="embed")(x)
+        x = linen.MultiHeadDotProductAttention(models.HEADS, name="first")(x)
+        x = linen.MultiHeadDotProductAttention(models.HEADS, use_bias=False, name="second")(x)
+        return linen.Dense(2, name="fc")(x.mean(1))
 
 
 class LinenVolume(linen.Module):
@@ -72,6 +91,25 @@ class NnxSequence(nnx.Module):
         for cell in self.cells:
             x = nnx.RNN(cell)(x)
         return self.fc(x[:, -1])
+
+
+def _attention(query, key, value, **_):
+    """That of linen: NNX's own computes the softmax in float32."""
+    return linen.dot_product_attention(query, key, value)
+
+
+class NnxAttention(nnx.Module):
+    def __init__(self, epsilon, rngs):
+        heads, features = models.HEADS, models.HEADS * models.SIZE
+        rest = {"decode": False, "param_dtype": jnp.float64, "rngs": rngs}
+        rest["attention_fn"] = _attention
+        self.embed = nnx.Embed(7, features, param_dtype=jnp.float64, rngs=rngs)
+        self.first = nnx.MultiHeadAttention(heads, features, **rest)
+        self.second = nnx.MultiHeadAttention(heads, features, use_bias=False, **rest)
+        self.fc = nnx.Linear(features, 2, rngs=rngs)
+
+    def __call__(self, x, train):
+        return self.fc(self.second(self.first(self.embed(x))).mean(1))
 
 
 class NnxVolume(nnx.Module):

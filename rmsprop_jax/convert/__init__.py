@@ -21,6 +21,7 @@ float32, and lose what :func:`change_storage` says on the way back. What no grad
 is refused: numbers that are not finite, second moments below 0, means far above their roots.
 """
 
+from rmsprop_jax.convert._attention import keras_attention, torch_attention
 from rmsprop_jax.convert._bitsandbytes import bitsandbytes_state_dict
 from rmsprop_jax.convert._change_storage import change_storage
 from rmsprop_jax.convert._groups import pytorch_options, timm_options
@@ -29,20 +30,19 @@ from rmsprop_jax.convert._layers import (
     keras_conv,
     keras_dense,
     keras_embedding,
-    keras_lstm,
     keras_norm,
     keras_norm_stats,
     torch_conv,
     torch_dense,
     torch_dense_after_conv,
     torch_embedding,
-    torch_lstm,
     torch_norm,
     torch_norm_stats,
 )
 from rmsprop_jax.convert._mapping import Leaf
 from rmsprop_jax.convert._optax import from_optax, to_optax
 from rmsprop_jax.convert._params import params_from, params_to
+from rmsprop_jax.convert._recurrent import keras_gru, keras_lstm, torch_gru, torch_lstm
 from rmsprop_jax.convert._tensorflow import (
     from_tensorflow_v1,
     tensorflow_v1_slots,
@@ -64,9 +64,11 @@ __all__ = [
     "from_pytorch",
     "from_tensorflow_v1",
     "from_timm",
+    "keras_attention",
     "keras_conv",
     "keras_dense",
     "keras_embedding",
+    "keras_gru",
     "keras_lstm",
     "keras_norm",
     "keras_norm_stats",
@@ -80,10 +82,12 @@ __all__ = [
     "to_pytorch",
     "to_tensorflow_v1",
     "to_timm",
+    "torch_attention",
     "torch_conv",
     "torch_dense",
     "torch_dense_after_conv",
     "torch_embedding",
+    "torch_gru",
     "torch_lstm",
     "torch_norm",
     "torch_norm_stats",

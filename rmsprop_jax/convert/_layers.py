@@ -4,15 +4,7 @@ Each gives the entries of a mapping for one layer, by its path in ours and its n
 model's mapping is their union: ``torch_dense("fc1", "fc1") | torch_dense("fc2", "fc2")``.
 """
 
-from collections.abc import Mapping
-from types import MappingProxyType
-
 from rmsprop_jax.convert._mapping import Leaf
-
-# How the cells of Flax keep the gates i, f, g, o of a layer; None where one array has them all.
-_GATES: Mapping[str, tuple[str, ...] | None] = MappingProxyType(
-    {"linen": ("i", "f", "g", "o"), "nnx": ("i", "f_", "g", "o"), "nnx_optimized": None}
-)
 
 
 def torch_dense(path: str, name: str, *, bias: bool = True) -> dict[str, Leaf]:
@@ -20,8 +12,9 @@ def torch_dense(path: str, name: str, *, bias: bool = True) -> dict[str, Leaf]:
 
     Example:
       >>> from rmsprop_jax import convert
-      >>> convert.torch_dense("fc1", "layers.0", bias=False)
-      {'fc1/kernel': Leaf(name='layers.0.weight', axes=(1, 0), shape=None, part=None, also=())}
+      >>> kernel = convert.torch_dense("fc1", "layers.0")["fc1/kernel"]
+      >>> kernel.name, kernel.axes
+      ('layers.0.weight', (1, 0))
     """
     kernel = {f"{path}/kernel": Leaf(f"{name}.weight", (1, 0))}
     return kernel | _if(bias, {f"{path}/bias": Leaf(f"{name}.bias")})
@@ -107,37 +100,6 @@ def torch_embedding(path: str, name: str) -> dict[str, Leaf]:
     return {f"{path}/embedding": Leaf(f"{name}.weight")}
 
 
-def torch_lstm(path: str, name: str, cell: str, *, layer: int = 0) -> dict[str, Leaf]:
-    """An LSTM cell of Flax at a path, one layer of ``torch.nn.LSTM`` of a name.
-
-    PyTorch adds two biases where Flax has one, so that there the sum moves twice as far in a step.
-    To go on exactly, double the updates of ours: ``optax.chain(tx, optax.masked(optax.scale(2.0),
-    is_bias_of_an_lstm))``. With weight decay the two cannot be made equal.
-
-    Args:
-      path: of the cell.
-      name: of ``torch.nn.LSTM``.
-      cell: "linen" for both cells of ``flax.linen``, "nnx" for ``nnx.LSTMCell`` or
-        "nnx_optimized" for ``nnx.OptimizedLSTMCell``.
-      layer: which layer of PyTorch's.
-
-    Example:
-      >>> from rmsprop_jax import convert
-      >>> convert.torch_lstm("cell", "lstm", "linen")["cell/hf/bias"]
-      Leaf(name='lstm.bias_hh_l0', axes=None, shape=None, part=(1, 4, 0), also=('lstm.bias_ih_l0',))
-    """
-    names = {kind: f"{name}.{kind}_l{layer}" for kind in ("weight_ih", "weight_hh", "bias_hh")}
-    also = (f"{name}.bias_ih_l{layer}",)
-    return _lstm(
-        path,
-        cell,
-        Leaf(names["weight_ih"], (1, 0)),
-        Leaf(names["weight_hh"], (1, 0)),
-        Leaf(names["bias_hh"], also=also),
-        axis=0,
-    )
-
-
 def keras_dense(path: str, name: str, *, bias: bool = True) -> dict[str, Leaf]:
     """Flax's ``Dense``, ``Linear`` or ``Conv`` at a path, Keras's of a name.
 
@@ -192,51 +154,6 @@ def keras_embedding(path: str, name: str) -> dict[str, Leaf]:
       'model/tokens/embeddings'
     """
     return {f"{path}/embedding": Leaf(f"{name}/embeddings")}
-
-
-def keras_lstm(path: str, name: str, cell: str) -> dict[str, Leaf]:
-    """An LSTM cell of Flax at a path, the cell of ``keras.layers.LSTM`` of a name.
-
-    Args:
-      path: of the cell.
-      name: of Keras's cell, as in "sequential/lstm/lstm_cell".
-      cell: "linen" for both cells of ``flax.linen``, "nnx" for ``nnx.LSTMCell`` or
-        "nnx_optimized" for ``nnx.OptimizedLSTMCell``.
-
-    Example:
-      >>> from rmsprop_jax import convert
-      >>> convert.keras_lstm("cell", "model/lstm/lstm_cell", "linen")["cell/ig/kernel"]
-      Leaf(name='model/lstm/lstm_cell/kernel', axes=None, shape=None, part=(2, 4, 1), also=())
-    """
-    return _lstm(
-        path,
-        cell,
-        Leaf(f"{name}/kernel"),
-        Leaf(f"{name}/recurrent_kernel"),
-        Leaf(f"{name}/bias"),
-        axis=1,
-    )
-
-
-def _lstm(
-    path: str, cell: str, inputs: Leaf, hidden: Leaf, bias: Leaf, *, axis: int
-) -> dict[str, Leaf]:
-    """All gates of a cell; axis is that of their kernels along which a framework has them."""
-    if cell not in _GATES:
-        raise ValueError(f"cell must be one of {sorted(_GATES)}, got {cell!r}")
-    gates = _GATES[cell]
-    if gates is None:
-        return {
-            f"{path}/dense_i/kernel": inputs,
-            f"{path}/dense_h/kernel": hidden,
-            f"{path}/dense_h/bias": bias,
-        }
-    mapping = {}
-    for i, gate in enumerate(gates):
-        mapping[f"{path}/i{gate}/kernel"] = inputs._replace(part=(i, 4, axis))
-        mapping[f"{path}/h{gate.rstrip('_')}/kernel"] = hidden._replace(part=(i, 4, axis))
-        mapping[f"{path}/h{gate.rstrip('_')}/bias"] = bias._replace(part=(i, 4, 0))
-    return mapping
 
 
 def _if(condition: bool, entries: dict[str, Leaf]) -> dict[str, Leaf]:

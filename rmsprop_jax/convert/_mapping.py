@@ -18,28 +18,40 @@ Name = str | int
 class Leaf(NamedTuple):
     """Where another framework keeps a leaf, and how it lays it out.
 
+    The framework's array is given a shape, cut into parts, permuted, and given the shape of ours.
+
     Attributes:
       name: of the framework's array, or its number.
       axes: the permutation, as of ``np.transpose``, that turns the framework's array into ours;
         None for none.
-      shape: the shape that the framework's array, a matrix, is given before its axes are permuted,
-        and from which ours is then made flat; None for its own.
-      part: (i, n, axis) for the i-th of n equal parts along an axis of the framework's array, as
-        recurrent layers have them; None for the whole.
+      shape: the shape that the framework's array is given before it is cut and its axes are
+        permuted, and from which ours is then made flat; None for its own.
+      part: (i, n, axis) for the i-th of n equal parts along an axis of the framework's array, in
+        its shape here, as recurrent layers have them; None for the whole.
       also: names of arrays that are added to it in the framework, as the second bias of PyTorch's
-        recurrent layers is. Their state is the same; a parameter is the sum, and shared out
-        equally.
+        recurrent layers is, or a Leaf where it is not laid out like this one. Their state is the
+        same; a parameter is the sum, and shared out equally.
+      original: the shape that the framework's array has itself, where ``shape`` gives it another;
+        None for a matrix with ``shape[0]`` rows, as linear layers have it. In both shapes one
+        number may be -1, for what is left.
     """
 
     name: Name
     axes: tuple[int, ...] | None = None
     shape: tuple[int, ...] | None = None
     part: tuple[int, int, int] | None = None
-    also: tuple[Name, ...] = ()
+    also: tuple["Name | Leaf", ...] = ()
+    original: tuple[int, ...] | None = None
+
+    def terms(self) -> tuple["Leaf", ...]:
+        """Leaves of one array each, of which it is the sum."""
+        first = self._replace(also=())
+        others = (x if isinstance(x, Leaf) else first._replace(name=x) for x in self.also)
+        return (first, *(term for other in others for term in other.terms()))
 
     def names(self) -> tuple[Name, ...]:
-        """All arrays that it is made of."""
-        return (self.name, *self.also)
+        """The arrays that it is made of, one a term."""
+        return tuple(term.name for term in self.terms())
 
 
 LeafMapping = Mapping[str, Leaf | Name]
@@ -71,21 +83,25 @@ def resolve(
     if unexpected := sorted(set(mapping) - paths):
         raise ValueError(f"mapping names {unexpected}, of which params has only {sorted(paths)}")
     leaves = {path: as_leaf(value) for path, value in mapping.items()}
-    parts: dict[Name, dict[str, tuple[int, int, int]]] = {}
+    uses: dict[Name, list[tuple[str, Leaf]]] = {}
     for path, leaf in leaves.items():
-        for name in leaf.names():
-            parts.setdefault(name, {})[path] = leaf.part or _WHOLE
-    for name, found in parts.items():
-        _, count, axis = next(iter(found.values()))
-        if sorted(found.values()) != [(i, count, axis) for i in range(count)]:
-            raise ValueError(f"mapping must use {name!r} once, or each of its parts: got {found}")
+        for term in leaf.terms():
+            uses.setdefault(term.name, []).append((path, term))
+    for name, found in uses.items():
+        parts = [(path, term.part or _WHOLE) for path, term in found]
+        _, count, axis = parts[0][1]
+        if sorted(part for _, part in parts) != [(i, count, axis) for i in range(count)]:
+            raise ValueError(f"mapping must use {name!r} once, or each of its parts: got {parts}")
+        shapes = [(path, term.shape, term.original) for path, term in found]
+        if any(shape[1:] != shapes[0][1:] for shape in shapes):
+            raise ValueError(f"mapping must give {name!r} the same shapes everywhere: got {shapes}")
     return leaves
 
 
 def as_leaf(value: Any) -> Leaf:
     """A value of a mapping, with nothing but a name if it is only that."""
     leaf = value if isinstance(value, Leaf) else Leaf(value)
-    if not isinstance(leaf.name, str | int) or isinstance(leaf.name, bool):
+    if any(not isinstance(n, str | int) or isinstance(n, bool) for n in leaf.names()):
         raise TypeError(f"mapping must have a Leaf, a name or a number a path, got {value!r}")
     return leaf
 
@@ -108,26 +124,34 @@ def names_of(leaves: Iterable[Leaf]) -> list[Name]:
 
 
 def take(array: np.ndarray, leaf: Leaf, shape: tuple[int, ...], what: str) -> np.ndarray:
-    """Of another framework's array, what a leaf of some shape is made of."""
+    """Of another framework's array, what a leaf of some shape is made of: its first term.
+
+    It is refused if :func:`assembled` would not give it back.
+    """
+    refusal = f"{what} has shape {array.shape}: by {leaf} it does not become {shape}"
     found = array
+    try:
+        if (shapes := _shapes(leaf)) is not None:
+            found, own = (array.reshape(given) for given in shapes)
+            if own.shape != array.shape:
+                refusal = f"{what} has shape {array.shape}, not that of {leaf}: give it as original"
+                raise ValueError
+    except ValueError:
+        raise ValueError(refusal) from None
     if leaf.part is not None:
         index, count, axis = leaf.part
-        if not -array.ndim <= axis < array.ndim or array.shape[axis] % count:
-            raise ValueError(f"{what} has shape {array.shape}, not {count} parts on axis {axis}")
+        if not -found.ndim <= axis < found.ndim or found.shape[axis] % count:
+            raise ValueError(f"{what} has shape {found.shape}, not {count} parts on axis {axis}")
         found = np.split(found, count, axis)[index]
     try:
-        if leaf.shape is not None:
-            found = found.reshape(leaf.shape)
         if leaf.axes is not None:
             found = found.transpose(leaf.axes)
-        if leaf.shape is not None:
+        if shapes is not None:
             found = found.reshape(shape)
     except ValueError:
-        fits = False
-    else:
-        fits = found.shape == tuple(shape) and (leaf.shape is None or array.ndim == 2)
-    if not fits:
-        raise ValueError(f"{what} has shape {array.shape}: by {leaf} it does not become {shape}")
+        raise ValueError(refusal) from None
+    if found.shape != tuple(shape):
+        raise ValueError(refusal)
     return found
 
 
@@ -136,35 +160,61 @@ def assembled(
 ) -> dict[Name, np.ndarray]:
     """The arrays of another framework, made of the values of all leaves: the inverse of take."""
     parts: dict[Name, dict[int, np.ndarray]] = {}
-    along: dict[Name, tuple[int, int]] = {}
+    terms: dict[Name, Leaf] = {}
     for path, leaf in leaves.items():
-        try:
-            value = _undo(values[path], leaf)
-        except (ValueError, IndexError):
-            raise ValueError(f"{path!r} has shape {values[path].shape}: no {leaf}") from None
-        index, count, axis = leaf.part or _WHOLE
-        for name in leaf.names():
-            parts.setdefault(name, {})[index] = value
-            along[name] = count, axis
-    for name, (count, _) in along.items():
-        if len(parts[name]) != count:
-            raise ValueError(f"there are {len(parts[name])} of the {count} parts of {name!r}")
-    return {
-        name: found[0] if count == 1 else np.concatenate([found[i] for i in range(count)], axis)
-        for (name, found), (count, axis) in zip(parts.items(), along.values(), strict=True)
-    }
+        for term in leaf.terms():
+            try:
+                value = _undo(values[path], term)
+            except (ValueError, IndexError):
+                raise ValueError(f"{path!r} has shape {values[path].shape}: no {leaf}") from None
+            index, _, _ = term.part or _WHOLE
+            parts.setdefault(term.name, {})[index] = value
+            terms[term.name] = term
+    return {name: _joined(parts[name], term) for name, term in terms.items()}
 
 
-def _undo(value: np.ndarray, leaf: Leaf) -> np.ndarray:
-    if leaf.shape is not None:
-        permuted = leaf.shape if leaf.axes is None else [leaf.shape[axis] for axis in leaf.axes]
-        value = value.reshape(permuted)
-    if leaf.axes is not None:
-        value = value.transpose(np.argsort(leaf.axes))
-    if leaf.shape is not None:
-        # Of what it was before only the first axis is known: a matrix, as linear layers have it.
-        value = value.reshape(leaf.shape[0], math.prod(leaf.shape[1:]))
+def _undo(value: np.ndarray, term: Leaf) -> np.ndarray:
+    """A part of the framework's array, in the shape in which it is cut."""
+    ndim = value.ndim
+    if (shapes := _shapes(term)) is not None:
+        cut, ndim = list(shapes[0]), len(shapes[0])
+        if term.part is not None:
+            _, count, axis = term.part
+            if cut[axis] >= 0:
+                cut[axis], left = divmod(cut[axis], count)
+                if left:
+                    raise ValueError
+        value = value.reshape(cut if term.axes is None else [cut[axis] for axis in term.axes])
+    if term.axes is not None:
+        order = np.arange(ndim)[list(term.axes)]
+        if sorted(order) != list(range(ndim)):
+            raise ValueError
+        value = value.transpose(np.argsort(order))
     return value
+
+
+def _joined(parts: Mapping[int, np.ndarray], term: Leaf) -> np.ndarray:
+    """The framework's array of all of its parts."""
+    _, count, axis = term.part or _WHOLE
+    if len(parts) != count:
+        raise ValueError(f"there are {len(parts)} of the {count} parts of {term.name!r}")
+    shapes = _shapes(term)
+    try:
+        whole = parts[0] if count == 1 else np.concatenate([parts[i] for i in range(count)], axis)
+        return whole if shapes is None else whole.reshape(shapes[1])
+    except ValueError:
+        found = [part.shape for part in parts.values()]
+        raise ValueError(f"parts of shapes {found} do not make {term.name!r}: {term}") from None
+
+
+def _shapes(leaf: Leaf) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """What the framework's array is given, and what it has itself; None if it is not reshaped."""
+    if leaf.original is not None:
+        return leaf.original if leaf.shape is None else leaf.shape, leaf.original
+    if leaf.shape is None:
+        return None
+    rows, *rest = leaf.shape
+    return leaf.shape, (rows, -1 if min(rest, default=0) < 0 else math.prod(rest))
 
 
 def _some(names: Iterable[Name]) -> list[Name]:

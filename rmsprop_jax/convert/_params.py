@@ -59,8 +59,8 @@ def params_from(arrays: Mapping[Name, Any], params: optax.Params, mapping: LeafM
     def fill(path: KeyPath, old: Any) -> Any:
         leaf = leaves[leaf_name(path)]
         found = [
-            take(array(arrays[name], repr(name)), leaf, np.shape(old), repr(name))
-            for name in leaf.names()
+            take(array(arrays[term.name], repr(term.name)), term, np.shape(old), repr(term.name))
+            for term in leaf.terms()
         ]
         return place(old, sum(found[1:], start=found[0]))
 
@@ -91,7 +91,7 @@ def params_to(params: optax.Params, mapping: LeafMapping) -> dict[Name, np.ndarr
     leaves = resolve(mapping, params)
     values = {path: np.asarray(leaf) for path, leaf in by_path(params).items()}
     shares = {
-        path: values[path] / len(leaf.names()) if leaf.also else values[path]
+        path: values[path] / len(leaf.terms()) if leaf.also else values[path]
         for path, leaf in leaves.items()
     }
     return assembled(shares, leaves)

@@ -7,6 +7,8 @@ a fixed seed of NumPy.
 
 cnn       a convolution, batch norm, and a linear layer on the flattened image, not square
 sequence  an embedding, layer norm, two layers of LSTM and a linear layer
+gru       the same with two layers of GRU
+attention an embedding, two layers of attention, with and without biases, and a linear layer
 volume    a convolution in 3 dimensions, group norm, a convolution in 1 dimension
 
 Keras computes means and matrix products in float32 here: what it gives is as exact as that.
@@ -17,18 +19,31 @@ import numpy as np
 import frameworks
 
 K = 4
-NAMES = ("cnn", "sequence", "volume")
+NAMES = ("cnn", "sequence", "volume", "gru", "attention")
+OF_WORDS = ("gru", "attention")  # which have the batch of "sequence"
 OPTIONS = {
     "cnn": {"momentum": 0.9, "centered": True},
     "sequence": {"momentum": 0.9},
     "volume": {"centered": True},
+    "gru": {"momentum": 0.9, "centered": True},
+    "attention": {"momentum": 0.9},
 }
+# The gradient of a key's bias is rounding alone: it must not be divided by its own size.
+EPS = {"attention": 1e-3}
 IMAGE, KERNEL = (5, 6, 3), (3, 2)  # height, width, channels; height, width
 FLAT = (3, 5, 4)  # what is flattened
+HEADS, SIZE = 2, 3  # of attention
+
+
+def options(framework, name):
+    """What a framework's RMSProp is given, but for the learning rate and the decay."""
+    eps = {"pytorch": "eps", "keras": "epsilon"}[framework]
+    return OPTIONS[name] | ({eps: EPS[name]} if name in EPS else {})
 
 
 def batch(name):
     """Inputs as Flax and Keras have them, and the outputs that are wanted."""
+    name = "sequence" if name in OF_WORDS else name
     rng = np.random.default_rng(4)
     x = {
         "cnn": rng.standard_normal((4, *IMAGE)),
@@ -54,7 +69,9 @@ def _pytorch_run(name):
     model.load_state_dict({n: torch.tensor(a) for n, a in (start | stats).items()}, strict=False)
     x, y = batch(name)
     x, y = torch.tensor(np.moveaxis(x, -1, 1) if x.ndim > 2 else x), torch.tensor(y)
-    optimizer = torch.optim.RMSprop(model.parameters(), lr=0.01, alpha=0.9, **OPTIONS[name])
+    optimizer = torch.optim.RMSprop(
+        model.parameters(), lr=0.01, alpha=0.9, **options("pytorch", name)
+    )
     outputs = model.eval()(x).detach().numpy()
     model.train()
     found = []
@@ -89,15 +106,18 @@ def _pytorch_model(name):
             return self.fc(self.norm(self.conv(x)).relu().flatten(1))
 
     class Sequence(nn.Module):
-        def __init__(self):
+        def __init__(self, kind="lstm"):
             super().__init__()
             self.embed = nn.Embedding(7, 3)
             self.norm = nn.LayerNorm(3)
-            self.lstm = nn.LSTM(3, 4, num_layers=2, batch_first=True)
+            layer = {"lstm": nn.LSTM, "gru": nn.GRU}[kind](3, 4, num_layers=2, batch_first=True)
+            self.kind = kind
+            self.add_module(kind, layer)
             self.fc = nn.Linear(4, 2)
 
         def forward(self, x):
-            return self.fc(self.lstm(self.norm(self.embed(x)))[0][:, -1])
+            x = self.norm(self.embed(x))
+            return self.fc(getattr(self, self.kind)(x)[0][:, -1])
 
     class Volume(nn.Module):
         def __init__(self):
@@ -109,7 +129,23 @@ def _pytorch_model(name):
         def forward(self, x):
             return self.line(self.norm(self.conv(x)).relu().mean((2, 3))).mean(2)
 
-    return {"cnn": Cnn, "sequence": Sequence, "volume": Volume}[name]()
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            features = HEADS * SIZE
+            self.embed = nn.Embedding(7, features)
+            self.first = nn.MultiheadAttention(features, HEADS, batch_first=True)
+            self.second = nn.MultiheadAttention(features, HEADS, bias=False, batch_first=True)
+            self.fc = nn.Linear(features, 2)
+
+        def forward(self, x):
+            x = self.embed(x)
+            x = self.first(x, x, x, need_weights=False)[0]
+            return self.fc(self.second(x, x, x, need_weights=False)[0].mean(1))
+
+    if name == "gru":
+        return Sequence("gru")
+    return {"cnn": Cnn, "sequence": Sequence, "volume": Volume, "attention": Attention}[name]()
 
 
 def _keras_run(name):
@@ -124,7 +160,7 @@ def _keras_run(name):
     for variable in [*weights, *rest]:
         variable.assign((start | stats)[variable.path])
     x, y = batch(name)
-    optimizer = keras.optimizers.RMSprop(0.01, rho=0.9, **OPTIONS[name])
+    optimizer = keras.optimizers.RMSprop(0.01, rho=0.9, **options("keras", name))
     optimizer.build(weights)
     outputs = np.asarray(model(x, training=False))
 
@@ -161,18 +197,25 @@ def _keras_model(keras, name):
             ],
             name="net",
         )
-    if name == "sequence":
+    if name in ("sequence", "gru"):
+        layer, kind = (layers.LSTM, "lstm") if name == "sequence" else (layers.GRU, "gru")
         return keras.Sequential(
             [
                 keras.Input((5,), dtype="int64"),
                 layers.Embedding(7, 3, name="embed"),
                 layers.LayerNormalization(name="norm"),
-                layers.LSTM(4, return_sequences=True, name="lstm"),
-                layers.LSTM(4, name="lstm_1"),
+                layer(4, return_sequences=True, name=kind),
+                layer(4, name=f"{kind}_1"),
                 layers.Dense(2, name="fc"),
             ],
             name="net",
         )
+    if name == "attention":
+        inputs = keras.Input((5,), dtype="int64")
+        x = layers.Embedding(7, HEADS * SIZE, name="embed")(inputs)
+        x = layers.MultiHeadAttention(HEADS, SIZE, name="first")(x, x)
+        x = layers.MultiHeadAttention(HEADS, SIZE, use_bias=False, name="second")(x, x)
+        return keras.Model(inputs, layers.Dense(2, name="fc")(keras.ops.mean(x, 1)), name="net")
     x = inputs = keras.Input((3, 4, 7, 2))
     x = layers.Conv3D(4, (1, 2, 3), name="conv")(x)
     x = layers.GroupNormalization(2, name="norm")(x)
