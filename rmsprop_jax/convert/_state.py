@@ -1,12 +1,12 @@
 """The state of a transformation from and to what every framework remembers of an array."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import KeyPath, tree_map_with_path
+from jax.tree_util import KeyPath, tree_flatten_with_path, tree_map_with_path
 import numpy as np
 import optax
 
@@ -48,43 +48,50 @@ def to_ours(
         refuse_impossible(name, foreign.entries[name], foreign.weight_sum or 1.0)
     scale = _scale(foreign, rules, functools.partial(rules_at, tx, start, params))
 
-    def fill(state: optax.OptState) -> optax.OptState:
-        if not isinstance(state, RMSPropState):
-            return state
-
-        def slot(field: str, path: KeyPath, old: Slot) -> Slot:
-            leaf = leaves[leaf_name(path)]
-            entry = foreign.entries[leaf.name]
-            if entry is None:
-                return old
-            for needed in ("mu", "trace"):
-                ours, theirs = getattr(state, needed), getattr(entry, needed)
-                idle = needed == "trace" and ours is None and foreign.idle_momentum
-                if (ours is None) != (theirs is None) and not idle:
-                    kind = {"mu": "centered", "trace": "momentum"}[needed]
-                    has, lacks = ("the source", "tx") if ours is None else ("tx", "the source")
-                    raise ValueError(
-                        f"{has} has {kind} for {leaf.name!r}, which {lacks} has not"
-                        f"{static_args(rules)}"
-                    )
-            value = _slot(field, entry, leaf, old, foreign.weight_sum or 1.0)
-            return place(old, value * scale if field == "trace" else value)
-
-        trees = {}
-        for field in ("nu", "mu", "trace"):
-            held = getattr(state, field)
-            fill_slot = functools.partial(slot, field)
-            trees[field] = with_slots(
-                held, tree_map_with_path(fill_slot, slots_of(held), is_leaf=is_packed)
-            )
-        weight_sum = state.weight_sum
-        if weight_sum is not None:
-            weight_sum = place(weight_sum, np.asarray(foreign.weight_sum))
-        return RMSPropState(
-            count=place(state.count, np.asarray(foreign.steps)), weight_sum=weight_sum, **trees
-        )
+    def fill(node: Any) -> Any:
+        return _filled(node, foreign, leaves, scale, rules) if is_ours(node) else node
 
     return jax.tree.map(fill, start, is_leaf=is_ours)
+
+
+def _filled(
+    state: RMSPropState,
+    foreign: Foreign,
+    leaves: Mapping[str, Leaf],
+    scale: float,
+    rules: Sequence[Rule],
+) -> RMSPropState:
+    """One of the states of tx, with what the framework remembers."""
+    new: dict[str, Any] = {}
+    for field in ("nu", "mu", "trace"):
+        held = getattr(state, field)
+        slots, structure = tree_flatten_with_path(slots_of(held), is_leaf=is_packed)
+        for i, (path, old) in enumerate(slots):
+            leaf = leaves[leaf_name(path)]
+            if (entry := foreign.entries[leaf.name]) is None:
+                continue
+            _check_form(leaf.name, entry, state, rules, idle_momentum=foreign.idle_momentum)
+            value = _slot(field, entry, leaf, old, foreign.weight_sum or 1.0)
+            slots[i] = path, place(old, value * scale if field == "trace" else value)
+        tree = jax.tree.unflatten(structure, [slot for _, slot in slots])
+        new[field] = with_slots(held, tree)
+    if state.weight_sum is not None:
+        new["weight_sum"] = place(state.weight_sum, np.asarray(foreign.weight_sum))
+    return state._replace(count=place(state.count, np.asarray(foreign.steps)), **new)
+
+
+def _check_form(
+    name: Name, entry: Entry, state: RMSPropState, rules: Sequence[Rule], *, idle_momentum: bool
+) -> None:
+    """Refuses an array that is centered, or has momentum, where the state of tx has not."""
+    for field, kind in (("mu", "centered"), ("trace", "momentum")):
+        ours, theirs = getattr(state, field), getattr(entry, field)
+        idle = field == "trace" and ours is None and idle_momentum
+        if (ours is None) != (theirs is None) and not idle:
+            has, lacks = ("the source", "tx") if ours is None else ("tx", "the source")
+            raise ValueError(
+                f"{has} has {kind} for {name!r}, which {lacks} has not{static_args(rules)}"
+            )
 
 
 def _kept(state: optax.OptState, params: optax.Params) -> set[str]:
