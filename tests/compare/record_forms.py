@@ -6,8 +6,9 @@
 
 A network with batch norm is trained in float64, each of its layers a group; half way there is a
 checkpoint. The file holds the data; the model's state_dict half way and at the end; the optimizer's
-half way in each form; the names in state_dicts of wrapped models; and of runs in which momentum or
-centered is switched off half way, the checkpoint and the model at the end.
+half way in each form; the names in state_dicts of wrapped models; the model at the end of a run in
+which the norm is frozen half way; and of runs in which momentum or centered is switched off half
+way, the checkpoint and the model at the end.
 """
 
 import argparse
@@ -136,6 +137,10 @@ def run():
     wrapped = {"compiled": torch.compile(model), "parallel": torch.nn.DataParallel(model)}
     wrapped["both"] = torch.nn.DataParallel(wrapped["compiled"])
     record["wrapped"] = {name: list(of.state_dict()) for name, of in wrapped.items()}
+    model, optimizer = resumed(record, "plain", record["forms"]["plain"])
+    model.norm.requires_grad_(False)
+    train(model, optimizer, x[K:], y[K:])
+    record["frozen"] = model.state_dict()
     for option, value in OFF.items():
         model, optimizer = resumed(record, "plain", record["forms"]["plain"])
         for group in optimizer.param_groups:
@@ -156,7 +161,7 @@ def mapping():
     return dense("fc1", "fc1") | convert.torch_norm("norm", "norm") | dense("fc2", "fc2")
 
 
-def begin(record, form, **off):
+def begin(record, form, frozen=False, **off):
     """Our parameters, transformation and state half way, from files alone."""
     import jax.numpy as jnp
     import optax
@@ -168,8 +173,9 @@ def begin(record, form, **off):
     like = {layer: {n: jnp.zeros(s) for n, s in of.items()} for layer, of in shapes.items()}
     params = convert.params_from(record["model"], like, mapping())
     options = OPTIONS | off
+    norm = dialects.pytorch(**options | {"lr": NORM_LR})
     parts = {
-        "norm": dialects.pytorch(**options | {"lr": NORM_LR}),
+        "norm": optax.set_to_zero() if frozen else norm,
         "rest": dialects.pytorch(**options),
     }
     tx = optax.partition(parts, {"fc1": "rest", "norm": "norm", "fc2": "rest"})

@@ -105,6 +105,15 @@ def test_back_in_the_same_form(form):
     assert_alike(found, RECORD["forms"][form])
 
 
+def test_a_run_goes_on_with_a_layer_that_is_frozen(default_promotion):
+    """From a checkpoint of all layers."""
+    with jax.enable_x64(True):
+        params, tx, state = begin(RECORD, "plain", frozen=True)
+        ended = end(params, tx, state)[0]
+        assert_ends(ended, RECORD["frozen"])
+        assert_same(ended["norm"], params["norm"])
+
+
 @pytest.mark.parametrize("option", record_forms.OFF)
 def test_a_run_goes_on_without_what_was_switched_off(option, default_promotion):
     with jax.enable_x64(True):
