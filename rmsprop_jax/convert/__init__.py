@@ -18,7 +18,7 @@ second moment s + m^2 and back with one rounding each to the precision of the st
 moment below m^2, which frameworks reach by cancellation, becomes a variance of 0. A rescaled buffer
 is rounded once; under bias correction there are two roundings. Slots in fewer bits are given as
 float32, and lose what :func:`change_storage` says on the way back. What no gradients leave behind
-is refused: numbers that are not finite, second moments below 0, means far above their roots.
+is refused: numbers that are not finite, and second moments below 0.
 """
 
 from rmsprop_jax.convert._attention import keras_attention, torch_attention

@@ -53,7 +53,3 @@ def refuse_impossible(name: Name, entry: Entry | None, w: float) -> None:
     v = wide(entry.nu) / w
     if np.any(low := np.minimum(v.real, v.imag) < -_ROUNDING * np.max(abs(v), initial=0)):
         raise ValueError(f"nu of {name!r} is a second moment, and has {v[low][0]} in it")
-    if entry.mu is not None and np.shape(entry.mu) == v.shape:
-        m, most = abs(wide(entry.mu) / w), 2 * np.sqrt(np.maximum(v.real + v.imag, 0))
-        if np.any(m > most + np.finfo(np.float32).tiny ** 0.5):
-            raise ValueError(f"mu of {name!r} is a mean, but larger than the root of nu by far")
