@@ -43,13 +43,13 @@ class Foreign(NamedTuple):
     idle_momentum: bool = False
 
 
-def refuse_impossible(name: Name, entry: Entry | None, w: float) -> None:
+def refuse_impossible(name: Name, entry: Entry | None) -> None:
     """Refuses what no gradients leave behind: as of other arrays, or of a run that broke off."""
     if entry is None:
         return
     for field, value in entry._asdict().items():
         if value is not None and not np.all(np.isfinite(wide(value))):
             raise ValueError(f"{field} of {name!r} has numbers that are not finite")
-    v = wide(entry.nu) / w
+    v = wide(entry.nu)
     if np.any(low := np.minimum(v.real, v.imag) < -_ROUNDING * np.max(abs(v), initial=0)):
         raise ValueError(f"nu of {name!r} is a second moment, and has {v[low][0]} in it")

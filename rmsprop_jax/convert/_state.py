@@ -45,7 +45,7 @@ def to_ours(
     leaves = resolve(mapping, params, kept)
     refuse_unmapped(foreign.entries, leaves, kept)
     for name in names_of(leaves[path] for path in kept):
-        refuse_impossible(name, foreign.entries[name], foreign.weight_sum or 1.0)
+        refuse_impossible(name, foreign.entries[name])
     scale = _scale(foreign, rules, functools.partial(rules_at, tx, start, params))
 
     def fill(node: Any) -> Any:
