@@ -43,6 +43,7 @@ compare: .venv-compare/installed
 	.venv-compare/bin/python tests/compare/record_convert.py --check
 	.venv-compare/bin/python tests/compare/record_forms.py --check
 	.venv-compare/bin/python tests/compare/record_bitsandbytes.py --check
+	.venv-compare/bin/python tests/compare/record_keras_files.py --check
 	.venv-compare/bin/python tests/compare/record_simplenet.py --check
 	.venv-compare/bin/python tests/compare/record_resume.py --check
 	.venv-compare/bin/python -m pytest tests/examples/test_simplenet.py tests/examples/test_resume_from_pytorch.py

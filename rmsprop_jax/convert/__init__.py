@@ -6,7 +6,7 @@
 
 Each ``from_`` gives the state with which a transformation of this library goes on, each ``to_`` the
 state with which the framework does; what the framework means by its numbers is converted, too. No
-framework is imported: they work on arrays, tensors and mappings.
+framework is imported: they work on arrays, tensors and mappings; :func:`keras_file` reads files.
 
 A mapping says for each leaf of the parameters where the framework has it: its name or number if it
 is laid out alike, or a :class:`Leaf`. There are ready-made ones for the usual layers. A leaf that
@@ -26,6 +26,8 @@ from rmsprop_jax.convert._bitsandbytes import bitsandbytes_state_dict
 from rmsprop_jax.convert._change_storage import change_storage
 from rmsprop_jax.convert._groups import pytorch_options, timm_options
 from rmsprop_jax.convert._keras import from_keras, to_keras
+from rmsprop_jax.convert._keras_file import KerasFile, keras_file
+from rmsprop_jax.convert._keras_options import keras_options
 from rmsprop_jax.convert._layers import (
     keras_conv,
     keras_dense,
@@ -56,6 +58,7 @@ from rmsprop_jax.convert._torch import (
 )
 
 __all__ = [
+    "KerasFile",
     "Leaf",
     "bitsandbytes_state_dict",
     "change_storage",
@@ -68,10 +71,12 @@ __all__ = [
     "keras_conv",
     "keras_dense",
     "keras_embedding",
+    "keras_file",
     "keras_gru",
     "keras_lstm",
     "keras_norm",
     "keras_norm_stats",
+    "keras_options",
     "params_from",
     "params_to",
     "pytorch_options",

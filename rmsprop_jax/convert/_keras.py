@@ -7,8 +7,8 @@ import numpy as np
 import optax
 
 from rmsprop_jax._rule import rules_of
-from rmsprop_jax.convert._arrays import array
 from rmsprop_jax.convert._foreign import Entry, Foreign
+from rmsprop_jax.convert._keras_variables import arranged
 from rmsprop_jax.convert._mapping import LeafMapping, Name, as_leaf
 from rmsprop_jax.convert._state import to_ours, to_theirs
 
@@ -22,19 +22,22 @@ def from_keras(
     tx: optax.GradientTransformation,
     *,
     names: Sequence[str] | None = None,
+    ignore: Sequence[str] = (),
+    gradient_accumulation_steps: int | None = None,
 ) -> optax.OptState:
     """The state with which a transformation goes on where ``keras.optimizers.RMSprop`` stopped.
 
     Keras keeps, in this order: the number of steps; the learning rate, unless it is a schedule;
     a velocity for each trainable variable, which is the second moment s is made of; a momentum
     for each, if there is momentum, which is b with the learning rate in it; and an average
-    gradient for each, if centered.
+    gradient for each, if centered. Before the velocities there is an average of each variable with
+    ``use_ema``, and a sum of gradients of each with ``gradient_accumulation_steps``; before all,
+    four numbers of a ``LossScaleOptimizer``. These are not of RMSProp, and left out if asked.
 
     Args:
-      variables: ``optimizer.variables``, or a mapping from "0" on, as ``save_own_variables`` writes
-        and as a ``.weights.h5`` file has: ``h5py.File(path)["optimizer/vars"]``. A ``.keras`` file
-        is a zip archive with such a file, "model.weights.h5". Neither says which of its arrays is
-        what; tx must be of the same form.
+      variables: ``optimizer.variables``; or what :func:`keras_file` has read: a mapping by paths,
+        in the optimizer's order, or from "0" on, as ``save_own_variables`` writes. The latter does
+        not say which of its arrays is what: tx, ignore and gradient_accumulation_steps must.
       params: tree of parameters; only its structure, shapes, dtypes and placement count.
       mapping: for each leaf of params by its path, as "layer/kernel", the name or number of
         Keras's trainable variable, or a :class:`Leaf` if the layouts differ.
@@ -42,7 +45,13 @@ def from_keras(
         every RMSPropState in its state is filled, the counts of wrappers and schedules go on, and
         all else is as ``init`` makes it.
       names: of the trainable variables in their order, ``[v.path for v in
-        model.trainable_variables]``; needed if mapping has names.
+        model.trainable_variables]``; needed if mapping has names. A layer with ``trainable=False``
+        has none, and tx must freeze it, as ``optax.partition`` with ``optax.set_to_zero`` does.
+      ignore: "average", "loss_scale" or both, to leave out the averages of weights of ``use_ema``
+        and the numbers of a ``LossScaleOptimizer``, which variables then must have.
+      gradient_accumulation_steps: of the optimizer, if it has any. As Keras then counts small
+        batches, a count of tx is one of that many; a sum of gradients that no step was made of
+        is left out. ``optax.MultiSteps(tx, k)`` accumulates here.
 
     Returns:
       The state of tx.
@@ -61,30 +70,13 @@ def from_keras(
       >>> print(state.count, state.nu["w"])
       5 [4. 9.]
     """
-    arrays = _arrays(variables)
-    order = _order(mapping, names)
-    fields = _fields(tx, params)
-    head = len(arrays) - len(order) * len(fields)
-    scalars = head in (1, 2) and all(np.shape(array) == () for array in arrays[:head])
-    if not scalars or not np.issubdtype(arrays[0].dtype, np.integer):
-        raise ValueError(
-            "variables must be the number of steps, the learning rate unless it is a schedule, "
-            f"and {len(order)} each of {[_KERAS[field] for field in fields]} as tx has them; "
-            f"got arrays of shapes {[np.shape(array) for array in arrays]}"
-        )
-    for i, variable in enumerate(variables if not isinstance(variables, Mapping) else ()):
-        path, wanted = getattr(variable, "path", ""), _KERAS[fields[max(i - head, 0) // len(order)]]
-        if i >= head and path and not path.endswith(f"_{wanted}"):
-            raise ValueError(f"variables[{i}] is {path!r}, but tx wants a {wanted} there")
-    slots = {
-        field: arrays[head + i * len(order) : head + (i + 1) * len(order)]
-        for i, field in enumerate(fields)
-    }
+    order, fields = _order(mapping, names), _fields(tx, params)
+    kept = [_KERAS[field] for field in fields]
+    steps, slots = arranged(variables, order, kept, ignore, gradient_accumulation_steps)
     entries = {
-        name: Entry(**{field: slot[i] for field, slot in slots.items()})
+        name: Entry(**{field: slots[_KERAS[field]][i] for field in fields})
         for i, name in enumerate(order)
     }
-    steps = int(arrays[0])
     return to_ours(Foreign(entries, steps, lr_in_momentum=True), params, mapping, tx)
 
 
@@ -109,7 +101,8 @@ def to_keras(
 
     Returns:
       Arrays for ``optimizer.variables`` in their order, once ``optimizer.build`` has made them:
-      ``for v, a in zip(optimizer.variables, arrays): v.assign(a)``.
+      ``for v, a in zip(optimizer.variables, arrays): v.assign(a)``. The optimizer must have none
+      of what ``ignore`` and ``gradient_accumulation_steps`` leave out.
 
     Raises:
       ValueError, TypeError: as :func:`from_keras`.
@@ -152,12 +145,3 @@ def _order(mapping: LeafMapping, names: Sequence[str] | None) -> list[Name]:
     if names is None:
         raise ValueError("names are needed: mapping has names, not numbers")
     return list(names)
-
-
-def _arrays(variables: Any) -> list[np.ndarray]:
-    if isinstance(variables, Mapping):
-        keys = [str(i) for i in range(len(variables))]
-        if set(keys) != set(variables):
-            raise ValueError(f"variables must be '0', '1', ..., got {sorted(variables)[:20]}")
-        variables = [variables[key] for key in keys]
-    return [array(variable) for variable in variables]

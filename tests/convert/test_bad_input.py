@@ -96,6 +96,15 @@ def flattened_but(change):
     return lambda given: (flattened(given), change(given))
 
 
+def in_the_place_of_velocities(value):
+    """Puts arrays before Keras's velocities, of the same shapes, and its momenta out."""
+
+    def change(given):
+        given[2:] = [*(np.full_like(array, value) for array in given[2:6]), *given[2:6]]
+
+    return change
+
+
 MOMENTUM = {"momentum": 0.9}
 WRONG = np.ones((7, 7), np.float32)
 BAD_CHECKPOINTS = [
@@ -188,6 +197,13 @@ BAD_CHECKPOINTS = [
     ("keras", replaced(2, WRONG), "nu of 'cell.weight' has shape"),
     ("keras", replaced(9, WRONG), "trace of 'fc.bias' has shape"),
     ("keras", replaced(0, WRONG), r"got arrays of shapes \[\(7, 7\), \(\)"),
+    (
+        "keras",
+        in_the_place_of_velocities(-1.0),
+        r"below 0 where the .*ignore=\('average',\)",
+    ),
+    ("keras", in_the_place_of_velocities(0.0), "are 0 where the .* are not.*accumulation_steps"),
+    ("keras", lambda given: given.insert(2, WRONG), "more .* ignore=.*LossScaleOptimizer"),
     ("tensorflow", replaced("velocity", {}), r"must be 'rms', 'momentum' .* got \['velocity'\]"),
     ("tensorflow", without("rms"), "slots must have 'rms'"),
     ("tensorflow", without("momentum"), "tx has momentum for .*, which the source has not"),

@@ -1,5 +1,6 @@
 """What Keras and TensorFlow 1 keep: variables by their paths, from files, slots by their names."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -32,6 +33,34 @@ def test_variables_of_keras_are_known_by_their_paths():
         ValueError, match=r"variables\[2\] is 'rmsprop/a_average', but .* a velocity"
     ):
         framework.back(variables, params)
+
+
+def test_variables_of_keras_in_the_midst_of_small_batches():
+    """Seven of two a step are three steps; what was gathered of the fourth is left out."""
+    framework = Framework("keras", momentum=0.9)
+    params, state = begun(framework.tx, tree())
+    arrays = framework.to(state, params)
+    arrays[2:2] = arrays[6:]  # as accumulators
+    tx = optax.MultiSteps(framework.tx, 2).gradient_transformation()
+    found = framework.back(arrays, params, tx, gradient_accumulation_steps=2)
+    assert_same(found.inner_opt_state, state._replace(count=jnp.asarray(3, jnp.int32)))
+    assert (found.gradient_step, found.mini_step) == (3, 0)
+    assert not any(np.any(a) for a in jax.tree.leaves(found.acc_grads))
+
+
+def test_variables_of_keras_by_their_paths():
+    framework = Framework("keras", centered=True)
+    params, state = begun(framework.tx, tree())
+    arrays = framework.to(state, params)
+    slots = [f"{i}_{slot}" for slot in ("velocity", "average_gradient") for i in range(4)]
+    paths = [f"rmsprop/{name}" for name in ("iteration", "learning_rate", *slots)]
+    by_path = dict(zip(paths, arrays, strict=True))
+    want = framework.back(arrays, params)
+    assert_same(framework.back(by_path, params), want)
+    swapped = by_path | {paths[2]: by_path[paths[6]], paths[6]: by_path[paths[2]]}
+    order = [paths[6] if p == paths[2] else paths[2] if p == paths[6] else p for p in paths]
+    with pytest.raises(ValueError, match=r"\[2\] is 'rmsprop/0_average_gradient', but .* a vel"):
+        framework.back({path: swapped[path] for path in order}, params)
 
 
 def test_variables_of_keras_may_come_from_a_file():
