@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from record_forms import decoded, encoded, mapped
+from json_arrays import by_numbers, decoded, encoded, mapped
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "bitsandbytes.json"
 K = 4  # steps before the checkpoint, and after it
@@ -23,7 +23,7 @@ TOLERANCE = 5e-6  # in float32, of numbers of size 1
 
 
 def load():
-    return mapped(json.loads(FIXTURE.read_text()), decoded)
+    return by_numbers(decoded(json.loads(FIXTURE.read_text())))
 
 
 def run():
@@ -71,7 +71,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="compare, do not write")
     check = parser.parse_args(argv).check
-    live = json.loads(json.dumps(mapped(run(), encoded)))
+    live = json.loads(json.dumps(encoded(run())))
     if not check:
         FIXTURE.write_text(json.dumps(live) + "\n")
         print("written to", FIXTURE)

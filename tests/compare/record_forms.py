@@ -19,6 +19,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from json_arrays import by_numbers, decoded, encoded, mapped
+
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "forms_pytorch.json"
 K = 3  # steps before the checkpoint, and after it
 NORM_MOMENTUM = 0.2
@@ -30,26 +32,7 @@ TOLERANCE = 1e-11  # in float64, of numbers of size 1
 
 
 def load():
-    return mapped(json.loads(FIXTURE.read_text()), decoded)
-
-
-def mapped(tree, f):
-    """A tree with f of all that is no dict or list; the keys that are digits as numbers."""
-    if isinstance(tree, dict) and "dtype" not in tree:
-        return {
-            int(key) if str(key).isdigit() else key: mapped(value, f) for key, value in tree.items()
-        }
-    return [mapped(value, f) for value in tree] if isinstance(tree, list) else f(tree)
-
-
-def encoded(value):
-    if not hasattr(value, "dtype"):
-        return value
-    return {"dtype": value.dtype.name, "values": value.tolist()}
-
-
-def decoded(value):
-    return np.array(value["values"], value["dtype"]) if isinstance(value, dict) else value
+    return by_numbers(decoded(json.loads(FIXTURE.read_text())))
 
 
 def _array(value):
@@ -212,7 +195,7 @@ def main(argv=None):
     check = parser.parse_args(argv).check
     live = run()
     if not check:
-        FIXTURE.write_text(json.dumps(mapped(live, encoded)) + "\n")
+        FIXTURE.write_text(json.dumps(encoded(live)) + "\n")
         print("written to", FIXTURE)
         return
     import jax

@@ -22,6 +22,7 @@ import numpy as np
 
 import frameworks
 import hdf5
+from json_arrays import decoded, encoded
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "keras_files.json"
 K = 4  # steps before the files, and after them
@@ -44,30 +45,6 @@ FROZEN = 2  # of these
 
 def load():
     return decoded(json.loads(FIXTURE.read_text()))
-
-
-def decoded(tree):
-    return _mapped(tree, _decoded)
-
-
-def encoded(tree):
-    return _mapped(tree, _encoded)
-
-
-def _mapped(tree, f):
-    if isinstance(tree, dict) and "dtype" not in tree:
-        return {key: _mapped(value, f) for key, value in tree.items()}
-    return [_mapped(value, f) for value in tree] if isinstance(tree, list) else f(tree)
-
-
-def _encoded(value):
-    if not hasattr(value, "dtype"):
-        return value
-    return {"dtype": value.dtype.name, "values": value.tolist()}
-
-
-def _decoded(value):
-    return np.array(value["values"], value["dtype"]) if isinstance(value, dict) else value
 
 
 def write(folder, kind, content):
