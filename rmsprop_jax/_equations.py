@@ -107,22 +107,23 @@ def scalars(hyper: Hyper, variant: Variant, real: jnp.dtype) -> Scalars:
         return None if h is None else jnp.asarray(h, real)
 
     eta, _, eps, mu, lam = map(number, hyper._replace(decay=None))
-    gamma, rest = _weights(hyper.decay, real)
     least = real.type(float(jnp.finfo(real).tiny) ** 0.5)
     if mu is None or variant.lr_in_momentum:
         least = lax.max(least, lax.abs(eta) * real.type(float(jnp.finfo(real).max) ** -0.5))
     # Squared last: XLA turns the square of a product into a product of squares, which overflow.
     least = lax.stop_gradient(lax.square(least))
     inner, outer = (lax.max(eps, least), None) if variant.eps_in_sqrt else (least, eps)
-    return Scalars(eta, gamma, rest, (1 - gamma) - rest, inner, outer, mu, lam)
+    return Scalars(eta, *_weights(hyper.decay, real), inner, outer, mu, lam)
 
 
-def _weights(decay: Decay | jax.Array, real: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-    """The numbers gamma and 1 - gamma."""
+def _weights(decay: Decay | jax.Array, real: jnp.dtype) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The numbers gamma, 1 - gamma, and what gamma has and its dtype has not."""
     if isinstance(decay, Decay):
-        return jnp.asarray(decay.gamma, real), jnp.asarray(decay.rest, real)
-    gamma = jnp.asarray(decay, real)
-    return gamma, 1 - gamma
+        gamma, rest = (jnp.asarray(number, real) for number in decay)
+    else:
+        gamma = jnp.asarray(decay, real)
+        rest = 1 - gamma
+    return gamma, rest, (1 - gamma) - rest
 
 
 @functools.partial(jax.jit, static_argnums=5)
@@ -238,10 +239,9 @@ def correct_bias(hyper: Hyper, weight_sum: jax.Array, count: jax.Array) -> tuple
     Exact under a scheduled decay, where dividing by 1 - gamma^t is not. As long as w = 0 no
     gradient has counted, and an infinite eps makes the step 0.
     """
-    gamma, rest = _weights(hyper.decay, weight_sum.dtype)
+    gamma, rest, low = _weights(hyper.decay, weight_sum.dtype)
     zero = count >> 31  # of a number that is never negative
-    low = unfused(((1 - gamma) - rest) * weight_sum, zero)
-    w = unfused(gamma * weight_sum, zero) + (rest + low)
+    w = unfused(gamma * weight_sum, zero) + (rest + unfused(low * weight_sum, zero))
     # Lest XLA divide by w and another number at once, in one program and not in another.
     rest = unfused(rest / lax.max(w, jnp.finfo(w.dtype).tiny), zero)
     eps = jnp.where(w > 0, hyper.eps, jnp.inf)

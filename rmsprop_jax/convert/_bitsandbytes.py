@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from rmsprop_jax.convert._arrays import array
-from rmsprop_jax.convert._groups import Group
+from rmsprop_jax.convert._groups import Group, check_state_dict
 
 _HELD = "__bnb_optimizer_quant_state__"  # in the place of slots, since version 0.44
 _BLOCK = 256  # numbers that share one largest number, of the flat array
@@ -41,9 +41,7 @@ def bitsandbytes_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 
     Source: bitsandbytes/optim/optimizer.py and rmsprop.py, version 0.50.
     """
-    for key in ("state", "param_groups"):
-        if not isinstance(state_dict, Mapping) or key not in state_dict:
-            raise ValueError(f"state_dict has no {key!r}: it is not an optimizer's state_dict()")
+    check_state_dict(state_dict)
     return {
         "state": {
             number: _slots(slots, f"state[{number!r}]")

@@ -22,6 +22,13 @@ _TIMM = {
 }
 
 
+def check_state_dict(state_dict: Any) -> None:
+    """Refuses what is no ``state_dict()`` of an optimizer."""
+    for key in ("state", "param_groups"):
+        if not isinstance(state_dict, Mapping) or key not in state_dict:
+            raise ValueError(f"state_dict has no {key!r}: it is not an optimizer's state_dict()")
+
+
 def pytorch_options(group: Group) -> dict[str, Any]:
     """The arguments of ``dialects.pytorch`` for one of ``state_dict["param_groups"]``.
 

@@ -9,7 +9,7 @@ import optax
 from rmsprop_jax._rule import rules_of
 from rmsprop_jax.convert._foreign import Entry, Foreign
 from rmsprop_jax.convert._keras_variables import arranged
-from rmsprop_jax.convert._mapping import LeafMapping, Name, as_leaf
+from rmsprop_jax.convert._mapping import LeafMapping, Name, as_leaf, names_of
 from rmsprop_jax.convert._state import to_ours, to_theirs
 
 _KERAS = {"nu": "velocity", "trace": "momentum", "mu": "average_gradient"}  # in Keras's order
@@ -139,7 +139,7 @@ def _fields(tx: optax.GradientTransformation, params: optax.Params) -> list[str]
 
 def _order(mapping: LeafMapping, names: Sequence[str] | None) -> list[Name]:
     """The names of the trainable variables in their order, or their numbers."""
-    used = {name for leaf in mapping.values() for name in as_leaf(leaf).names()}
+    used = names_of(map(as_leaf, mapping.values()))
     if all(isinstance(name, int) for name in used):
         return list(range(len(used)))
     if names is None:

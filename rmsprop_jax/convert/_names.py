@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from rmsprop_jax.convert._mapping import LeafMapping, Name, as_leaf
+from rmsprop_jax.convert._mapping import LeafMapping, Name, as_leaf, names_of
 
 _BATCHES = "num_batches_tracked"
 _STATISTICS = ("running_mean", "running_var", _BATCHES)
@@ -59,7 +59,7 @@ def _whole(name: Name) -> Name:
 
 
 def _wanted(mapping: LeafMapping) -> set[Name]:
-    return {name for leaf in mapping.values() for name in as_leaf(leaf).names()}
+    return set(names_of(map(as_leaf, mapping.values())))
 
 
 def _last(name: Name) -> str:

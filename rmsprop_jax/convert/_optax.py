@@ -24,7 +24,6 @@ _STATES = {
     "ScaleByScheduleState",
     "TraceState",
 }
-_SLOTS = {"nu", "mu", "trace"}
 
 
 def from_optax(
@@ -67,9 +66,9 @@ def from_optax(
       [10. 40.]
     """
     found = [state for state in jax.tree.leaves(opt_state, is_leaf=_is_theirs) if _is_theirs(state)]
-    slots: dict[str, dict[str, Any]] = {name: {} for name in _SLOTS}
+    slots: dict[str, dict[str, Any]] = {name: {} for name in Entry._fields}
     for state in found:
-        for name in _SLOTS & set(state._fields):
+        for name in _fields(state):
             held = by_path(getattr(state, name))
             if twice := sorted(set(held) & set(slots[name])):
                 raise ValueError(
@@ -132,7 +131,7 @@ def to_optax(
     """
     foreign = to_theirs(state, params, _mapping(params), tx, lr_in_momentum=True)
     kept = {name for name, entry in foreign.entries.items() if entry is not None}
-    has = {field: _has(foreign, field) for field in ("nu", "mu", "trace")}
+    has = {field: _has(foreign, field) for field in Entry._fields}
 
     def slot(field: str, path: KeyPath, old: Any) -> Any:
         where = leaf_name(path)
@@ -148,7 +147,7 @@ def to_optax(
         if not _is_theirs(old):
             return old
         new: dict[str, Any] = {}
-        for field in _SLOTS & set(old._fields):
+        for field in _fields(old):
             if not has[field]:
                 raise ValueError(f"like has {field}, and tx has not")
             new[field] = tree_map_with_path(functools.partial(slot, field), getattr(old, field))
@@ -193,6 +192,11 @@ def _counts(opt_state: optax.OptState) -> set[tuple[str, int]]:
         if (around or _is_theirs(node)) and counter in node._fields:
             counts.add((type(node).__name__, int(getattr(node, counter))))
     return counts
+
+
+def _fields(state: Any) -> list[str]:
+    """Which slots a state of Optax has."""
+    return [field for field in Entry._fields if field in state._fields]
 
 
 def _has(foreign: Foreign, field: str) -> bool:

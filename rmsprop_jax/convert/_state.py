@@ -10,7 +10,7 @@ from jax.tree_util import KeyPath, tree_flatten_with_path, tree_map_with_path
 import numpy as np
 import optax
 
-from rmsprop_jax._asking import reports
+from rmsprop_jax._asking import ask, reports
 from rmsprop_jax._checks import is_trained
 from rmsprop_jax._leaves import leaf_name
 from rmsprop_jax._rule import RMSPropState, Rule, is_ours, rules_in, rules_of
@@ -63,7 +63,7 @@ def _filled(
 ) -> RMSPropState:
     """One of the states of tx, with what the framework remembers."""
     new: dict[str, Any] = {}
-    for field in ("nu", "mu", "trace"):
+    for field in Entry._fields:
         held = getattr(state, field)
         slots, structure = tree_flatten_with_path(slots_of(held), is_leaf=is_packed)
         for i, (path, old) in enumerate(slots):
@@ -96,13 +96,16 @@ def _check_form(
 
 def _kept(state: optax.OptState, params: optax.Params) -> set[str]:
     """The paths of the parameters that have a state: not of integers, nor of what is frozen."""
-    states = [node for node in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(node)]
-    kept = {path for one in states for path in by_path(slots_of(one.nu))}
+    kept = {path for one in _states(state) for path in by_path(slots_of(one.nu))}
     if other := sorted(kept - set(by_path(params))):
         raise ValueError(f"tx keeps its state in another form than params: at {other}")
     if not kept:
         raise ValueError("tx keeps no state for any parameter")
     return kept
+
+
+def _states(state: optax.OptState) -> list[RMSPropState]:
+    return [node for node in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(node)]
 
 
 def to_theirs(
@@ -118,11 +121,11 @@ def to_theirs(
     Its entries are whole arrays; None for those that are mapped to what tx keeps no state for.
     """
     rules = rules_of(tx, params)
-    kept = _kept(tx.init(params), params)
+    kept = _kept(ask(tx.init, params)[1], params)
     mapped = resolve(mapping, params, kept)
     leaves = {path: leaf for path, leaf in mapped.items() if path in kept}
     wanted = [rule.in_use() for rule in rules]
-    ours = [leaf for leaf in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(leaf)]
+    ours = _states(state)
     if not ours:
         raise ValueError(f"state has no RMSPropState in it, got {type(state).__name__}")
     in_use = [{field: getattr(one, field) is not None for field in wanted[0]} for one in ours]
@@ -134,7 +137,7 @@ def to_theirs(
     scale = 1 / _scale(foreign, rules, functools.partial(rules_at, tx, state, params))
     w = weight_sum or 1.0
 
-    slots: dict[str, dict[str, np.ndarray]] = {"nu": {}, "mu": {}, "trace": {}}
+    slots: dict[str, dict[str, np.ndarray]] = {field: {} for field in Entry._fields}
     for one in ours:
         s, m, b = (by_path(slots_of(getattr(one, field))) for field in slots)
         for path, held in s.items():

@@ -13,6 +13,7 @@ from rmsprop_jax.convert._foreign import Entry, Foreign
 from rmsprop_jax.convert._groups import (
     Group,
     check_rules,
+    check_state_dict,
     lr_in_momentum,
     pytorch_rule,
     timm_rule,
@@ -175,9 +176,7 @@ def _from(
     check_ignore(ignore)
     if is_flattened(state_dict):
         state_dict = nested(state_dict, "state_dict")
-    for key in ("state", "param_groups"):
-        if not isinstance(state_dict, Mapping) or key not in state_dict:
-            raise ValueError(f"state_dict has no {key!r}: it is not an optimizer's state_dict()")
+    check_state_dict(state_dict)
     held, groups = dict(state_dict["state"]), state_dict["param_groups"]
     rules = rules_of(tx, params)
     if strict:

@@ -7,7 +7,7 @@ import pytest
 
 from conversions import FRAMEWORKS, MAPPING, NAMES, Framework, assert_same, begun, group, tree
 from rmsprop_jax import convert, dialects, rmsprop
-from rmsprop_jax._rule import is_ours
+from storages import ours
 
 HEAD = {"fc/kernel": MAPPING["fc/kernel"], "fc/bias": MAPPING["fc/bias"]}
 LABELS = {"fc": "train", "cell": "frozen", "flat": "frozen"}
@@ -26,11 +26,6 @@ def masked(tx):
 def head(state):
     """The slots of the layer that is trained."""
     return [held and held["fc"] for held in (state.nu, state.mu, state.trace)]
-
-
-def ours(state):
-    (found,) = filter(is_ours, jax.tree.leaves(state, is_leaf=is_ours))
-    return found
 
 
 @pytest.mark.parametrize("freeze", [partition, masked])
