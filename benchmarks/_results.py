@@ -51,8 +51,12 @@ def save(benchmark: str, rows: list[Row]) -> Path:
     """With the machine; results of an accelerator are named after it."""
     device = jax.devices()[0]
     kind = "" if device.platform == "cpu" else f"_{device.device_kind}".replace(" ", "_")
-    RESULTS.mkdir(exist_ok=True)
-    file = RESULTS / f"{benchmark}{kind}.json"
+    return write(RESULTS / f"{benchmark}{kind}.json", rows)
+
+
+def write(file: Path, rows: list[Row]) -> Path:
+    """With the machine."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=2) + "\n")
     return file
 

@@ -25,8 +25,7 @@ import optax
 from tqdm import tqdm
 
 import _results
-from libraries import FORMS, train_step
-from memory import STORAGES
+from libraries import FORMS, STORAGES, train_step
 from rmsprop_jax import rmsprop
 
 # What XLA asks of a device when there is none. Compute capability 9.0 is that of Hopper; numbers

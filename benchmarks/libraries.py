@@ -4,6 +4,7 @@ from collections.abc import Callable
 import functools
 import importlib.util
 import os
+import time
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +13,7 @@ import numpy as np
 import optax
 
 import _timing
-from rmsprop_jax import rmsprop
+from rmsprop_jax import low_memory, rmsprop
 from trees import Shapes
 
 FORMS: dict[str, dict[str, Any]] = {
@@ -20,20 +21,30 @@ FORMS: dict[str, dict[str, Any]] = {
     "momentum": {"momentum": 0.9},
     "centered, momentum": {"centered": True, "momentum": 0.9},
 }
+STORAGES = {"float32": None, "bfloat16": low_memory.bfloat16(), "q8": low_memory.q8()}
 
 
 class Step(NamedTuple):
-    """Makes the step so many times; bytes of its temporary memory; bytes its kernels move."""
+    """Makes the step so many times; bytes of its temporary memory; bytes its kernels move; seconds
+    that it took to compile.
+    """
 
     run: Callable[[int], Any]
     temporary: float = np.nan
     moved: float = np.nan
+    compiling: float = np.nan
 
 
 def gradients(shapes: Shapes) -> list[np.ndarray]:
     """Of a million random numbers, repeated: to draw all takes longer than what is timed."""
     numbers = np.random.default_rng(0).standard_normal(1 << 20, dtype=np.float32)
     return [np.resize(numbers, shape) for shape in shapes]
+
+
+def state_of(tx: optax.GradientTransformation, shapes: Shapes) -> list[jax.ShapeDtypeStruct]:
+    """The arrays of its state; nothing is allocated."""
+    params = [jax.ShapeDtypeStruct(shape, "float32") for shape in shapes]
+    return jax.tree.leaves(jax.eval_shape(tx.init, params))
 
 
 def train_step(tx: optax.GradientTransformation) -> Callable[..., Any]:
@@ -49,7 +60,10 @@ def train_step(tx: optax.GradientTransformation) -> Callable[..., Any]:
 def compiled(step: Callable[..., Any], params: Any, state: Any, grads: Any) -> Step:
     """A step from (params, state, grads) to (params, state), with both donated."""
     carry = [params, state]
-    program = jax.jit(step, donate_argnums=(0, 1)).lower(*carry, grads).compile()
+    lowered = jax.jit(step, donate_argnums=(0, 1)).lower(*carry, grads)
+    start = time.perf_counter()
+    program = lowered.compile()
+    compiling = time.perf_counter() - start
     memory, cost = program.memory_analysis(), program.cost_analysis() or {}
 
     def run(steps: int) -> Any:
@@ -58,7 +72,7 @@ def compiled(step: Callable[..., Any], params: Any, state: Any, grads: Any) -> S
         return carry
 
     temporary = memory.temp_size_in_bytes if memory else np.nan
-    return Step(run, temporary, cost.get("bytes accessed", np.nan))
+    return Step(run, temporary, cost.get("bytes accessed", np.nan), compiling)
 
 
 def of(tx: optax.GradientTransformation, shapes: Shapes) -> Step:

@@ -14,14 +14,13 @@ from collections.abc import Sequence
 import math
 from typing import Any
 
-import jax
 import optax
 from tqdm import tqdm
 
 import _results
 import libraries
-from libraries import FORMS
-from rmsprop_jax import low_memory, rmsprop
+from libraries import FORMS, STORAGES
+from rmsprop_jax import rmsprop
 from trees import ONE_LEAF, TREES, Shapes, parameters
 
 # Of these only what a step needs on top is of interest: their state is that of momentum.
@@ -30,13 +29,11 @@ STEPS: dict[str, dict[str, Any]] = {
     "cautious": {"momentum": 0.9, "cautious": True},
     "nesterov, cautious": {"momentum": 0.9, "nesterov": True, "cautious": True},
 }
-STORAGES = {"float32": None, "bfloat16": low_memory.bfloat16(), "q8": low_memory.q8()}
 
 
 def state(tx: optax.GradientTransformation, shapes: Shapes) -> float:
-    """Bytes a parameter; nothing is allocated."""
-    arrays = jax.eval_shape(tx.init, [jax.ShapeDtypeStruct(shape, "float32") for shape in shapes])
-    held = sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(arrays))
+    """Bytes a parameter."""
+    held = sum(array.size * array.dtype.itemsize for array in libraries.state_of(tx, shapes))
     return held / parameters(shapes)
 
 

@@ -4,6 +4,7 @@
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is that of a result file, or
 `targets`, which are judged as printed, to two decimals. Nothing between the two is written by hand.
+Where there is no such file, it says so.
 """
 
 from collections.abc import Callable, Iterator
@@ -94,6 +95,8 @@ TARGETS = (
 def rendered(name: str) -> str:
     if name == "targets":
         return markdown([target.row() for target in TARGETS])
+    if not (RESULTS / f"{name}.json").is_file():
+        return "Not measured yet."
     results = load(name)
     return table(results["rows"], results["machine"])
 

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 
+import _correctness
 import _results
 import _timing
 import accuracy
@@ -21,6 +22,8 @@ import libraries
 import low_memory_step
 import many_leaves
 import memory
+import on_gpu
+import reference
 import report
 from rmsprop_jax import rmsprop
 import scaling
@@ -70,7 +73,7 @@ def test_a_benchmark_runs(benchmark, capsys, monkeypatch):
 @pytest.fixture
 def small(monkeypatch):
     """One form, one leaf, one way to pack, two devices that are used in two ways."""
-    for benchmark in (step, eager, compilation, memory, low_memory_step):
+    for benchmark in (step, eager, compilation, memory, low_memory_step, on_gpu):
         monkeypatch.setattr(benchmark, "FORMS", {"plain": {}})
     monkeypatch.setattr(memory, "STEPS", {"cautious": {"momentum": 0.9, "cautious": True}})
     for benchmark in (eager, many_leaves):
@@ -85,12 +88,117 @@ def test_a_benchmark_runs_in_small(benchmark, small, capsys, monkeypatch):
     assert_runs(benchmark, BENCHMARKS[benchmark][1], capsys, monkeypatch)
 
 
+ON_GPU = [f"on_gpu_{table}" for tables in on_gpu.SECTIONS for table in tables]
+
+
+def assert_asks_the_device(folder, capsys):
+    assert on_gpu.main(["--quick", "--out", str(folder)]) == 0
+    assert sorted(file.stem for file in folder.iterdir()) == sorted(ON_GPU)
+    printed = capsys.readouterr().out
+    for name in ON_GPU:
+        rows = json.loads((folder / f"{name}.json").read_text())["rows"]
+        assert rows
+        assert _results.table(rows, _results.machine()) in printed
+        for row in rows:
+            assert [*row] == [*rows[0]]
+            if "holds" in row:
+                assert row["holds"] == ("" if row["bound"] == "" else "yes")
+
+
+@pytest.mark.slow
+def test_what_is_said_of_gpus_can_be_asked_of_a_device(tmp_path, capsys):
+    assert_asks_the_device(tmp_path / "new", capsys)
+
+
+def test_what_is_said_of_gpus_can_be_asked_in_small(small, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(_correctness, "CASES", {"plain": {}})
+    assert_asks_the_device(tmp_path / "new", capsys)
+
+
+def test_without_a_gpu_only_quick_runs(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        on_gpu.main([])
+    assert "there is no GPU here" in capsys.readouterr().err
+
+
+def test_a_section_that_fails_leaves_the_others(capsys, monkeypatch):
+    def breaks(quick):
+        assert quick
+        yield "a", {"holds": "no"}
+        raise RuntimeError("out of memory")
+
+    def counts(quick):
+        yield from (("b", {"holds": holds}) for holds in ("no", "yes", ""))
+
+    monkeypatch.setattr(_results, "write", lambda *_: pytest.fail("nothing asks for a file"))
+    monkeypatch.setattr(on_gpu, "SECTIONS", {("a",): breaks, ("b", "not reached"): counts})
+    assert on_gpu.main(["--quick"]) == 3
+    printed = capsys.readouterr()
+    assert "RuntimeError: out of memory" in printed.err
+    for rows in ([{"holds": "no"}], [{"holds": holds} for holds in ("no", "yes", "")]):
+        assert _results.table(rows, _results.machine()) in printed.out
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.complex128])
+def test_the_loop_of_the_gpu_is_that_of_the_tests(dtype):
+    """Written apart, and in the precision of the gradients."""
+    *grads, x = _correctness.ordinary(np.dtype(dtype).name, 12, 100)
+    same = {
+        "learning_rate": _correctness.RATE,
+        "decay": _correctness.DECAY,
+        "eps": _correctness.EPS,
+    }
+    for case in _correctness.CASES.values():
+        found = [*_correctness.reference(np.stack(grads), x, **case)]
+        # Here x moves: without a pull towards 0, and in the first step, it does not matter.
+        want = reference.run(grads, x, **same, **case)
+        steps = 1 if "weight_decay" in case else len(grads)
+        sizes = np.abs(want).max(axis=0) + np.finfo(np.float64).tiny
+        errors = np.abs(np.stack(found) - np.stack(want))[:steps] / sizes
+        assert errors.max() < 1e-13
+
+
+def test_an_update_that_is_wrong_is_found():
+    grads, x = _correctness.ordinary("float32", 4, 50), np.zeros(50, np.float32)
+    updates = np.stack([*_correctness.reference(grads, x)]).astype(np.float32)
+    assert _correctness.largest_error(updates, grads, x, {}) < _correctness.ARITHMETIC
+    assert _correctness.largest_error(updates, grads, x, {"momentum": 0.875}) > 0.1
+    updates[3, 7] = np.nan
+    assert np.isnan(_correctness.largest_error(updates, grads, x, {}))
+
+
+def test_updates_that_are_not_finite_are_found(monkeypatch):
+    """Those of Optax, whose squares overflow."""
+    monkeypatch.setattr(_correctness, "rmsprop", optax.rmsprop)
+    found = _correctness.compare("float32", {"plain": {}}, 4, 50)["plain"]
+    assert found.error < _correctness.ARITHMETIC
+    assert not found.finite
+
+
+def test_bits_that_differ_are_counted():
+    a = {"x": np.float32([0.0, 1.0, np.nan]), "y": jnp.ones(4, jnp.bfloat16)}
+    assert on_gpu.differing(a, a) == (7, 0)
+    b = {"x": np.float32([-0.0, 1.0, np.nan]), "y": a["y"].at[2].set(2)}
+    assert on_gpu.differing(a, b) == (7, 2)
+    assert on_gpu.differing(None, None) == (0, 0)
+
+
+def test_what_has_to_move_is_counted():
+    shapes, counts = [(64, 128)], 2 * 4  # of steps
+    assert on_gpu.needed(rmsprop(0.1), shapes) == 20 * 64 * 128 + counts
+    tx = rmsprop(0.1, momentum=0.9, storage=libraries.STORAGES["bfloat16"])
+    assert on_gpu.needed(tx, shapes) == 20 * 64 * 128 + counts
+    tx = rmsprop(0.1, storage=libraries.STORAGES["q8"])
+    assert on_gpu.needed(tx, shapes) == pytest.approx(15 * 64 * 128, rel=0.01)
+
+
 def test_every_benchmark_is_tested_and_on_the_page():
     scripts = {file.stem for file in report.FOLDER.glob("*.py") if "finish(" in file.read_text()}
     scripts -= {"_results"}
     assert scripts == {one.__name__ for one in BENCHMARKS} | {"low_memory_quality", "gpu_programs"}
     page = report.PAGES[1].read_text()
-    assert sorted(name for _, name, _ in report.TABLE.findall(page)) == sorted(scripts)
+    names = sorted(name for _, name, _ in report.TABLE.findall(page))
+    assert names == sorted(scripts | {*ON_GPU})
 
 
 @pytest.mark.parametrize("page", report.PAGES, ids=lambda page: page.parent.name)
@@ -120,6 +228,8 @@ def test_a_table_is_replaced_and_nothing_else(tmp_path, monkeypatch):
     assert lines[7].startswith("`python x.py`, 2000-01-01: ")
     assert lines[8:] == ["<!-- end -->", "after"]
     assert report.render(text) == text
+    missing = report.render("<!-- table: y -->\nold\n<!-- end -->\n")
+    assert missing == "<!-- table: y -->\nNot measured yet.\n<!-- end -->\n"
 
 
 def test_a_target_is_met_by_all_of_its_rows_or_missed(tmp_path, monkeypatch):
