@@ -45,8 +45,10 @@ import _results
 from rmsprop_jax import low_memory, rmsprop
 from rmsprop_jax._storage import (
     FLOAT32,
+    Copies,
     Draw,
     Float32,
+    Lazy,
     Packed,
     Slot,
     Storage,
@@ -88,17 +90,17 @@ class Rounded(Float32):
         self,
         slot: Slot,
         decay: jax.Array,
-        term: jax.Array,
+        term: Lazy,
         bound: float | None = None,
         *,
         low: jax.Array | None = None,
         draw: Draw | None = None,  # noqa: ARG002
-    ) -> tuple[jax.Array, Slot]:
+    ) -> tuple[Copies, Slot]:
         """The sum as it is, and rounded."""
         if isinstance(slot, jax.Array) and slot.dtype == jnp.float32:
             return FLOAT32.accumulate(slot, decay, term, bound, low=low)
         value, _ = FLOAT32.accumulate(self.decode(slot), decay, term, bound, low=low)
-        return value, self.encode(value)
+        return value, self.encode(value(0))
 
 
 @dataclasses.dataclass(frozen=True)

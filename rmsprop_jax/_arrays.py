@@ -53,6 +53,26 @@ def unfused(x: jax.Array, zero: jax.Array) -> jax.Array:
     return x - zero.astype(x.dtype)
 
 
+def once(f: Callable[[jax.Array], jax.Array], x: jax.Array, zero: jax.Array) -> jax.Array:
+    """The value f(x), where zero is as in unfused: in a branch of which the compiler does not know
+    that it is always taken.
+
+    XLA:CPU then writes it in the place of x, and does not compute it again where it is used.
+    """
+    return lax.cond(zero == 0, f, lambda x: x, x)
+
+
+@jax.custom_jvp
+def straight_through(x: jax.Array, exact: jax.Array) -> jax.Array:  # noqa: ARG001
+    """The array x, with the derivatives of what it was rounded from."""
+    return x
+
+
+@straight_through.defjvp
+def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    return primals[0], tangents[1]
+
+
 def share_of(flags: jax.Array, real: jnp.dtype) -> jax.Array:
     """Which part of them is true; 0 of none."""
 

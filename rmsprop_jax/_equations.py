@@ -161,30 +161,51 @@ def _step(
     tiny, largest = real.type(jnp.finfo(real).tiny), float(jnp.finfo(real).max)
     square = functools.partial(by_parts, lax.square) if variant.split_complex else abs2
 
-    out_dtype = g.dtype
-    g = widen(-g if variant.maximize else g, real)
-    pull = None if lam is None else clip(lam * widen(x, real), largest)
-    if pull is not None and not variant.decoupled_weight_decay:
-        g = g + pull
+    def pull() -> jax.Array:
+        return clip(lam * widen(x, real), largest)
+
+    decays = lam is not None
+    coupled = decays and not variant.decoupled_weight_decay
+
+    def unbounded() -> jax.Array:
+        h = widen(-g if variant.maximize else g, real)
+        return h + pull() if coupled else h
+
+    def grad() -> jax.Array:
+        # A quarter of the root: even the difference of two such numbers can be squared.
+        return clip(unbounded(), largest**0.5 / 4)
+
+    if not storage.draws:
+        grad = functools.cache(grad)  # for a state in float32 once is enough
     draws = Slots(None, None, None)
     if turn is not None:
-        draws = Slots(*(Draw(*turn, slot, 0 * g) for slot in range(3)))
-    # A quarter of the root: even the difference of two such numbers can be squared.
-    g = clip(g, largest**0.5 / 4)
+        infinite = Draw(*turn, 0, lambda: 0 * unbounded())
+        draws = Slots(infinite, infinite._replace(slot=1), None)
+        if b is not None:  # where u, which is bounded, is NaN; and its bound, unless centered
+            size = None if variant.centered else lax.rsqrt(lax.max(rest, tiny))
+            if size is not None and variant.lr_in_momentum:
+                size = lax.min(lax.abs(eta) * size, real.type(largest**0.5))
+            nan = Draw(*turn, 2, lambda: 0 * grad() + (0 * eta + 0 * mu), size)
+            draws = draws._replace(trace=nan)
 
     # accumulate(s, gamma, r) is gamma s + r, as a value and as the slot that holds it. Each slot is
     # a sum of new terms, with the addition last: of anything else XLA:CPU keeps a copy, to compute
     # the slot again inside the loop that uses it.
     if m is None:
         # s <- gamma s + (1 - gamma) |g|^2
-        v, s = storage.accumulate(s, gamma, rest * square(g), low=low, draw=draws.nu)
+        v, s = storage.accumulate(s, gamma, lambda: rest * square(grad()), low=low, draw=draws.nu)
     else:
         # m <- gamma m + (1 - gamma) g,  s <- gamma s + (1 - gamma) / gamma |g - m|^2:
         # E|g|^2 - |m|^2 as a sum of squares. As g - mean = gamma (g - m), the last term is
-        # gamma (1 - gamma) |g - m|^2; it vanishes with gamma, where the bound acts.
-        mean, m = storage.accumulate(m, gamma, rest * g, low=low, draw=draws.mu)
-        ratio = rest / lax.max(gamma, jnp.finfo(real).eps)
-        v, s = storage.accumulate(s, gamma, ratio * square(g - mean), low=low, draw=draws.nu)
+        # gamma (1 - gamma) |g - m|^2; it vanishes with gamma, where a rounded mean is not g.
+        mean, m = storage.accumulate(m, gamma, lambda: rest * grad(), low=low, draw=draws.mu)
+        least = real.type(jnp.finfo(real).eps)
+        ratio = jnp.where(gamma > least, rest / lax.max(gamma, least), 0)
+
+        def term() -> jax.Array:
+            return ratio * square(grad() - mean(0))
+
+        v, s = storage.accumulate(s, gamma, term, low=low, draw=draws.nu)
 
     def scaled(copy: int) -> jax.Array:
         """The gradient over its root; every copy is the same.
@@ -201,7 +222,7 @@ def _step(
             root = lax.sqrt(v + inner)
             return part / (root if outer is None else root + outer)
 
-        return by_parts(over_root, g, v)
+        return by_parts(over_root, grad(), v(copy))
 
     # From here |u| stays within largest / 2, and within largest once the buffer is in it.
     if b is None:
@@ -212,22 +233,24 @@ def _step(
             return eta * scaled(copy) if variant.lr_in_momentum else scaled(copy)
 
         # b <- mu b + u
-        trace, b = storage.accumulate(b, mu, new(0), largest / 2, draw=draws.trace)
+        trace, b = storage.accumulate(b, mu, lambda: new(0), largest / 2, draw=draws.trace)
 
         def moved(copy: int) -> jax.Array:
-            return clip(new(copy) + mu * trace, largest) if variant.nesterov else trace
+            if not variant.nesterov:
+                return trace(copy)
+            return clip(new(copy) + mu * trace(copy), largest)
 
         u = moved(1)
         if variant.cautious:
             # Down the gradient; with a negative learning rate in the buffer, up.
-            down = jnp.where(eta < 0, -g, g) if variant.lr_in_momentum else g
+            down = jnp.where(eta < 0, -grad(), grad()) if variant.lr_in_momentum else grad()
             share = share_of(_agrees(moved(2), down), real)
             mask = _agrees(u, down).astype(real)
             u = clip(u * (mask / lax.max(share, real.type(1e-3))), largest)
         move = -u if variant.lr_in_momentum else clip(-eta * u, largest / 2)
-    if pull is not None and variant.decoupled_weight_decay:
-        move = clip(move, largest / 2) - clip(eta * pull, largest / 2)
-    return narrow(move, out_dtype), Slots(s, m, b)
+    if decays and not coupled:
+        move = clip(move, largest / 2) - clip(eta * pull(), largest / 2)
+    return narrow(move, g.dtype), Slots(s, m, b)
 
 
 @jax.jit

@@ -17,7 +17,7 @@ from rmsprop_jax import _checks, _equations, _gradients
 from rmsprop_jax._asking import Part, ask
 from rmsprop_jax._leaves import leaf_name
 from rmsprop_jax._schedule import real
-from rmsprop_jax._storage import Slot, is_packed, slots_of, with_slots
+from rmsprop_jax._storage import Slot, is_packed, slots_of, slots_to_step, with_slots
 from rmsprop_jax._types import PyTree, Scalar
 
 
@@ -105,7 +105,7 @@ class Rule(NamedTuple):
         nothing = [None] * len(grads.leaves)
 
         def held_of(field: str) -> list[Any]:
-            slots = slots_of(getattr(state, field))
+            slots = slots_to_step(getattr(state, field))
             is_real = field == "nu" and not variant.split_complex
             return _gradients.counterparts(grads, field, slots, real=is_real, dtypes=storage.dtypes)
 

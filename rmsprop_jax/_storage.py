@@ -4,7 +4,7 @@ The equations ask three things of a storage and do not know what its slots are m
 """
 
 import abc
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 import dataclasses
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
@@ -17,6 +17,9 @@ from rmsprop_jax._arrays import clip
 from rmsprop_jax._types import PyTree, Scalar
 
 Slot = Any  # an array, or something Packed
+# Arrays that are computed where they are asked for: what XLA:CPU has before, it keeps.
+Lazy = Callable[[], jax.Array]
+Copies = Callable[[int], jax.Array]  # all are the same
 
 
 class Packed(abc.ABC):
@@ -51,6 +54,10 @@ class Joined(abc.ABC):
         """The slots, in a tree like the parameters."""
 
     @abc.abstractmethod
+    def slots_to_step(self) -> PyTree:
+        """The same, with what a step has to know of all of them."""
+
+    @abc.abstractmethod
     def with_slots(self, slots: PyTree) -> PyTree:
         """The field with other slots, of which some may be its own."""
 
@@ -65,6 +72,11 @@ def slots_of(field: PyTree) -> PyTree:
     return field.slots() if isinstance(field, Joined) else field
 
 
+def slots_to_step(field: PyTree) -> PyTree:
+    """The slots of a field of the state that is to be updated."""
+    return field.slots_to_step() if isinstance(field, Joined) else field
+
+
 def with_slots(field: PyTree, slots: PyTree) -> PyTree:
     """A field of the state with other slots in the place of its own."""
     return field.with_slots(slots) if isinstance(field, Joined) else slots
@@ -77,14 +89,15 @@ class Draw(NamedTuple):
       step: number of steps before, int32.
       leaf: a number for the leaf's path, uint32.
       slot: a number for the slot.
-      zero: 0 where the gradient is finite, and NaN elsewhere: so added, it marks what is not to
-        enter the state.
+      zero: 0 where a term may enter the state, and NaN elsewhere.
+      size: that of the largest terms, about, if it is known; a scalar.
     """
 
     step: jax.Array
     leaf: jax.Array
     slot: int
-    zero: jax.Array
+    zero: Lazy
+    size: jax.Array | None = None
 
 
 @runtime_checkable
@@ -122,12 +135,12 @@ class Storage(Protocol):
         self,
         slot: Slot,
         decay: jax.Array,
-        term: jax.Array,
+        term: Lazy,
         bound: float | None = None,
         *,
         low: jax.Array | None = None,
         draw: Draw | None = None,
-    ) -> tuple[jax.Array, Slot]:
+    ) -> tuple[Copies, Slot]:
         """The sum decay * slot + term, that product within a bound, as an array and as a slot.
 
         To decay belongs what its dtype has not, low, if the slot is precise enough for it to count.
@@ -169,17 +182,17 @@ class Float32:
         self,
         slot: jax.Array,
         decay: jax.Array,
-        term: jax.Array,
+        term: Lazy,
         bound: float | None = None,
         *,
         low: jax.Array | None = None,
         draw: Draw | None = None,  # noqa: ARG002
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[Copies, jax.Array]:
         past = decay * slot
         if bound is not None:
             past = clip(past, bound)
-        slot = past + (term if low is None else term + low * slot)
-        return slot, slot
+        slot = past + (term() if low is None else term() + low * slot)
+        return lambda _: slot, slot
 
 
 FLOAT32 = Float32()

@@ -17,9 +17,9 @@ def change_storage(
 
     From fewer bits to more, and between float32 and float64, values are what they were. To
     ``low_memory.bfloat16`` each is rounded to the nearest, by 2^-8 at most; to ``low_memory.q8``
-    second moments are rounded by 1/16 at most, and raised to some 2^-30 of the largest in their
-    block where they are below; values of momentum are rounded by 1/16, or 2^-15 of the largest in
-    their block. From q8 to q8 with other blocks they are rounded so again.
+    second moments are rounded by 1/8 at most, and raised to some 2^-45 of the largest in their
+    leaf where they are below; values of momentum are rounded by 1/16, or 2^-13 of the largest in
+    their leaf.
 
     Args:
       state: of a transformation like tx but for ``storage``: say a float32 run that goes on in 8

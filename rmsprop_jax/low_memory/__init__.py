@@ -9,20 +9,22 @@ moves again. No random key is kept: the bits are a hash of the seed, the step, t
 the place in the leaf, the same eagerly, compiled, in a loop and in whatever way ``jit`` shards.
 
 bytes a parameter        float32   bfloat16   q8
-second moment, variance  4         2          1 + 1/block
-momentum                 4         2          1 + 1/block
+second moment, variance  4         2          1
+momentum                 4         2          1
 mean, centered only      4         2          2
 
 In both, a gradient that is not finite acts on its own coordinate in its own step as it does in
-float32, and never enters the state, where the averages then only decay. Scalars, empty and complex
-leaves are held as without a storage. An update has its derivatives by gradient and hyperparameters;
-what is stored has none.
+float32. It never enters second moments and means, which then only decay; of momentum, NaN never
+does. Scalars, empty and complex leaves are held as without a storage. An update has its derivatives
+by gradient and hyperparameters; what is stored has none.
 
-Under ``jit``, codes and exponents are placed like the parameters, and the update needs no
-communication. Inside ``pmap`` and ``shard_map`` the place in a leaf is that in its shard: replicas
-stay equal, and shards round by the same bits, which does no harm to any of them. To make them
-independent name the mapped axes, ``q8(axis_name="data")``; not where a leaf is replicated over
-them, whose copies would part.
+Under ``jit``, what is stored is placed like the parameters. An update in bfloat16 needs no
+communication; in 8 bits the devices that share a leaf agree on its largest code, a number, before
+they step. So they do inside ``pmap`` and ``shard_map``, over all axes that are mapped: every device
+has to take part in every step. There the place in a leaf is that in its shard: replicas stay equal,
+and shards round by the same bits, which does no harm to any of them. To make them independent name
+the mapped axes, ``q8(axis_name="data")``; not where a leaf is replicated over them, whose copies
+would part.
 """
 
 from rmsprop_jax.low_memory._storages import bfloat16, q8

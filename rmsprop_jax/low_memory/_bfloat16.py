@@ -5,7 +5,8 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from rmsprop_jax._arrays import clip, unfused
+from rmsprop_jax._arrays import clip, once, straight_through, unfused
+from rmsprop_jax._storage import Copies, Draw, Lazy
 from rmsprop_jax.low_memory._random import random_bits
 
 _CUT = 16  # bits of a float32 that a bfloat16 has not
@@ -15,17 +16,27 @@ _LARGEST = float(jnp.finfo(jnp.bfloat16).max)
 def accumulate_bfloat16(
     slot: jax.Array,
     decay: jax.Array,
-    term: jax.Array,
+    term: Lazy,
     bound: float | None,
+    draw: Draw,
     key: jax.Array,
-    zero: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """The product decay * slot, and the slot with term, where it is finite, added to it."""
-    past = unfused(decay * slot.astype(jnp.float32), zero)
-    if bound is not None:
-        past = clip(past, bound)
-    kept = jnp.where(jnp.isfinite(term), term, 0)
-    return past, _rounded(past + kept, random_bits(key, slot.shape, _CUT))
+) -> tuple[Copies, jax.Array]:
+    """The sum decay * slot + term, rounded, as float32 and as a slot."""
+    zero = draw.step >> 31  # of a number that is never negative
+
+    def exact(slot: jax.Array) -> jax.Array:
+        past = unfused(decay * slot.astype(jnp.float32), zero)
+        if bound is not None:
+            past = clip(past, bound)
+        return past + term()
+
+    def advanced(slot: jax.Array) -> jax.Array:
+        return _rounded(exact(slot), random_bits(key, slot.shape, _CUT))
+
+    new = lax.platform_dependent(
+        slot, cpu=lambda slot: once(advanced, slot, zero), default=advanced
+    )
+    return lambda _: straight_through(new.astype(jnp.float32), exact(slot)), new
 
 
 def _rounded(x: jax.Array, noise: jax.Array) -> jax.Array:

@@ -1,54 +1,86 @@
-"""One slot in 8 bits a number: a code each, an exponent a block, and a scale for all.
+"""One slot in 8 bits a number: a code each, and a scale for all.
 
-    value = scale * a,  a one of the 255 numbers that the exponent allows
+    value = scale * a,  a one of the 255 numbers that there are codes for
 
-To advance the average, value <- gamma value + r, does not touch the numbers that get nothing new:
+These are 0 and float32 numbers of few significant bits. To round to them at random is to add random
+bits below the last that stays, and to cut: the mean is then the number itself.
 
-    gamma scale = power * scale',  power a power of two, scale' in [1, 2)
-    a' = power a + r / scale', rounded at random to one of its two neighbours
+The average advances, value <- gamma value + r, without a change to the bits of numbers to which
+nothing is added, which so decay exactly:
 
-The numbers are float32 numbers of 4 significant bits. To round one at random is to add random bits
-below the last that stays and to cut: its mean is then the number itself. Codes count the numbers
-from the smallest of the block, and 0 is 0. Where no value is negative they span 32 octaves up to
-the block's largest number, and what is below becomes the smallest, never 0. Where values have
-signs, 16 octaves are left, and what is below becomes the smallest or 0, at random.
+    scale' = 2^k gamma scale,  a' = 2^-k a + r / scale', rounded at random
+
+Of all integers k it is the one with which scale' is, within a factor of two, the largest of the old
+numbers before it decays. Codes in uint8, of values that are never negative, have 3 significant bits
+and 63 octaves, 18 of them above that one; those in int8 have a sign, 4 bits and 15 octaves, 3 of
+them above. What is larger becomes the largest number. What is smaller becomes the smallest; in int8
+that or 0, at random.
+
+So a step needs the largest of the old codes before it begins, and no other pass. If that is 0, so
+is the scale, which says that codes are powers of two, over as many octaves as there are codes.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 from jax import lax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
+import numpy as np
 
-from rmsprop_jax._arrays import clip, unfused
-from rmsprop_jax._storage import Packed, full_like
+from rmsprop_jax._arrays import clip, straight_through, unfused
+from rmsprop_jax._mapped import max_over_mapped
+from rmsprop_jax._storage import Copies, Draw, Lazy, Packed, full_like
 from rmsprop_jax._types import Scalar
-from rmsprop_jax.low_memory._blocks import view_of
 from rmsprop_jax.low_memory._random import random_bits
 
-_CUT = 20  # bits of a float32 below the sign, the 8 of the exponent, and 3 of the rest
-_STEPS = 8  # numbers an octave
-_LARGEST = float(jnp.finfo(jnp.float32).max)
-_DTYPES = [["uint8", "uint8", "float32"], ["int8", "uint8", "float32"]]
+_EXPONENT = 23  # bits of a float32 below its exponent
+_ONE = 127 << _EXPONENT  # the bits of 1
+_LARGEST, _TINY = float(jnp.finfo(jnp.float32).max), float(jnp.finfo(jnp.float32).tiny)
+
+
+class Format(NamedTuple):
+    """The codes of a dtype.
+
+    Attributes:
+      cut: bits of a float32 below the last that stays.
+      one: the code of 1.
+      zero: the exponent, in the bits of a float32, of the power of two below that of code 1, where
+        codes are powers of two.
+    """
+
+    cut: int
+    one: int
+    zero: int
+
+
+_FORMATS = {"uint8": Format(21, 180, 0), "int8": Format(20, 96, 36)}
+_LEAST = np.float32(1.25 * 2.0**-45)  # code 1 of uint8
+
+
+class Numbers(NamedTuple):
+    """What codes stand for: code c for the float32 number of the bits first + (c << cut)."""
+
+    first: jax.Array
+    cut: jax.Array
 
 
 @Packed.register
 class EightBit(NamedTuple):
-    """A slot whose last axis is in blocks.
+    """A slot.
 
     Attributes:
       codes: uint8 if no value is negative, int8 otherwise; the parameter's shape.
-      exponents: uint8, one a block: the last axis is shorter. The exponent of a float32 number
-        that no number of the block exceeds.
-      scales: float32 in [1, 2), one for each leaf.
+      scales: float32, one for each leaf.
       leaf: which of them is this leaf's.
+      powers: of two, one for each leaf, if a step is to follow: the largest in its numbers.
     """
 
     codes: jax.Array
-    exponents: jax.Array
     scales: jax.Array
     leaf: Any
+    powers: jax.Array | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -57,138 +89,156 @@ class EightBit(NamedTuple):
     @property
     def dtype(self) -> jnp.dtype:
         """That of the values."""
-        found = [array.dtype.name for array in (self.codes, self.exponents, self.scales)]
-        if found not in _DTYPES:
-            raise TypeError(f"codes, exponents and scales must be of dtypes {_DTYPES}, got {found}")
+        codes, scales = self.codes.dtype.name, self.scales.dtype.name
+        if codes not in _FORMATS or scales != "float32":
+            raise TypeError(
+                f"codes must be of one of the dtypes {[*_FORMATS]}, and scales of float32, got "
+                f"{codes} and {scales}"
+            )
         return self.scales.dtype
 
     def decode(self) -> jax.Array:
-        return clip(self.scales[self.leaf] * _numbers(self), _LARGEST).reshape(self.shape)
+        with jax.numpy_dtype_promotion("standard"):  # as in an update
+            scale = _of(self.scales, self.leaf)
+            a = _decoded(self.codes, _numbers(self.codes.dtype, scale))
+            return clip(_factor(scale) * a, _LARGEST)
 
     def encode(self, values: ArrayLike) -> "EightBit":
         """Each value rounded to the nearest number; what is not finite, or not allowed, to 0."""
-        values = jnp.asarray(values, jnp.float32)
-        values = jnp.where(jnp.isfinite(values), values, 0)
-        a = (values if _signed(self) else jnp.maximum(values, 0)).reshape(_view(self))
-        ones = self._replace(scales=jnp.ones_like(self.scales))
-        with jax.numpy_dtype_promotion("standard"):  # as in an update
-            return _rounded(ones, a, _max(abs(a)), jnp.int32(1 << (_CUT - 1)))
+        with jax.numpy_dtype_promotion("standard"):
+            values = jnp.asarray(values, jnp.float32)
+            values = jnp.where(jnp.isfinite(values), values, 0)
+            values = values if _signed(self.codes) else jnp.maximum(values, 0)
+            scale = _power(jnp.max(abs(values)))
+            numbers = _numbers(self.codes.dtype, scale)
+            half = jnp.int32(1) << (numbers.cut - 1)
+            codes = _encoded(values / _factor(scale), numbers, half, self.codes.dtype)
+            return EightBit(codes, jnp.asarray(self.scales).at[self.leaf].set(scale), self.leaf)
 
 
-def eight_bit_like(param: jax.Array, value: Scalar, block: int, *, signed: bool) -> EightBit:
+def eight_bit_like(param: jax.Array, value: Scalar, *, signed: bool) -> EightBit:
     """A slot full of value, which it holds exactly, placed like param; signed ones start at 0."""
-    code, exponent, scale = _constant(jnp.asarray(0 if signed else value, jnp.float32))
-    codes = full_like(param, code, jnp.int8 if signed else jnp.uint8)
-    return EightBit(codes, per_block(param, block, exponent), scale[None], 0)
+    scale = jnp.asarray(0 if signed else value, jnp.float32)
+    dtype = jnp.dtype(jnp.int8 if signed else jnp.uint8)
+    code = jnp.where(scale > 0, _FORMATS[dtype.name].one, 0).astype(dtype)
+    return EightBit(full_like(param, code, dtype), scale[None], np.int32(0))
 
 
-def per_block(like: jax.Array, block: int, value: Scalar) -> jax.Array:
-    """An array of uint8 full of value, of a number a block, placed like another."""
-    if block == 1:
-        return full_like(like, value, jnp.uint8)
-    if isinstance(like, jax.core.Tracer):
-        zeros = full_like(like, 0, jnp.float32).reshape(view_of(like.shape, block))
-        return full_like(jnp.min(zeros, (-2, -1)), value, jnp.uint8)
-    shape = (*like.shape[:-1], like.shape[-1] // block)
-    placed = isinstance(like, jax.Array) and like.committed  # or as free to move
-    return jnp.full(shape, value, jnp.uint8, device=like.sharding if placed else None)
+@jax.jit
+def powers_of(codes: Sequence[jax.Array], scales: jax.Array) -> jax.Array:
+    """For each leaf, the largest power of two in its numbers; 0 of zeros, and of no codes."""
+    are_codes = [code.dtype.name in _FORMATS for code in codes]
+    largest = [
+        _largest(code) if is_code else jnp.int32(0)
+        for code, is_code in zip(codes, are_codes, strict=True)
+    ]
+    numbers = _numbers(codes[are_codes.index(True)].dtype, scales)
+    return _power(_decoded(max_over_mapped(jnp.stack(largest)), numbers))
 
 
 def accumulate_eight_bit(
     slot: EightBit,
     decay: jax.Array,
-    term: jax.Array,
+    term: Lazy,
     bound: float | None,
+    draw: Draw,
     key: jax.Array,
-    zero: jax.Array,
-) -> tuple[jax.Array, EightBit]:
-    """The product decay * slot, and the slot with term, where it is finite, added to it."""
-    view = _view(slot)
-    powers, scales = _power_and_scale(decay * slot.scales)
-    power, scale = powers[slot.leaf], scales[slot.leaf]
-    a, term = power * _numbers(slot), term.reshape(view)
+) -> tuple[Copies, EightBit]:
+    """The sum decay * slot + term, as float32 and as a slot; with signs, as what the slot holds."""
+    codes, scales, leaf, powers = slot
+    assert powers is not None
+    zero = draw.step >> 31  # of a number that is never negative
+    # Scalars are computed for all leaves at once. 2^-k is shrink; of a past whose largest number is
+    # 0, or becomes 0, nothing stays.
+    scale = _factor(scales)
+    decayed = lax.min(decay * scale, jnp.float32(_LARGEST))
+    octave = _power(decay)
+    stays = decayed * powers >= _TINY
+    shrink = jnp.where(stays, octave / powers, 0)
+    first = 0 if draw.size is None else lax.max(_power(draw.size), jnp.float32(_TINY))
+    new_scales = jnp.where(stays, (decay / octave) * scale * powers, first)
+    inverse = 1 / _factor(new_scales)
+
+    a = _decoded(codes, _numbers(codes.dtype, _of(scales, leaf)))
+    past = unfused(_of(decayed, leaf) * a, zero)
     if bound is not None:
-        a = clip(a, bound / 2)
-    # No reduction over the new numbers: they would be kept for it in float32, 4 bytes each.
-    most = _decode(_max(abs(slot.codes.reshape(view))), slot.exponents[..., None, None])
-    top = power * most + _largest(term) / scale
-    kept = unfused(jnp.where(jnp.isfinite(term), term, 0) * (1 / scale), zero)
-    new = _rounded(slot._replace(scales=scales), a + kept, top, random_bits(key, view, _CUT))
-    return unfused(scale * a, zero).reshape(slot.shape), new
+        past = clip(past, bound)
+    shrunk = _of(shrink, leaf) * a
+    if not _signed(codes):  # nothing becomes 0
+        least = _of(jnp.where(stays, _LEAST, 0), leaf)
+        shrunk = jnp.where(a > 0, lax.max(shrunk, least), 0)
+    new = _numbers(codes.dtype, _of(new_scales, leaf))
+    a = shrunk + unfused(term() * _of(inverse, leaf), zero)
+    noise = random_bits(key, slot.shape, new.cut)
+    held = EightBit(_encoded(a, new, noise, codes.dtype), new_scales, leaf)
+
+    def value(_: int) -> jax.Array:
+        exact = past + term()
+        if _signed(codes):
+            return straight_through(held.decode(), exact)
+        # Of second moments the exact sum is better, and as fast. XLA:CPU keeps fewer copies if it
+        # knows that the new codes come first.
+        return exact + zero.astype(jnp.float32) * held.codes.astype(jnp.float32)
+
+    return value, held
 
 
-def _numbers(slot: EightBit) -> jax.Array:
-    """a, with its last axis split in blocks."""
-    return _decode(slot.codes.reshape(_view(slot)), slot.exponents[..., None, None])
+def _of(vector: jax.Array, leaf: Any) -> jax.Array:
+    return lax.dynamic_index_in_dim(jnp.asarray(vector), leaf, keepdims=False)
 
 
-def _rounded(slot: EightBit, a: jax.Array, top: jax.Array, noise: jax.Array) -> EightBit:
-    """The slot with other numbers: a, of size up to top, with noise added below what stays."""
-    octaves = _octaves(slot.codes)
-    # The exponent of top rounded up, so that no number is rounded beyond the last code.
-    exponents = jnp.clip((_bits(top) + ((1 << _CUT) - 1)) >> 23, octaves + 1, 254)
-    first = _STEPS * (exponents - octaves)
-    bits = _bits(abs(a))
-    codes = ((bits + noise) >> _CUT) - first
-    if _signed(slot):
-        smallest = _float((first + 1) << _CUT)
-        some = noise.astype(jnp.float32) * (smallest / (1 << _CUT)) < abs(a)
-        codes = jnp.where(abs(a) < smallest, some, jnp.minimum(codes, 127)) * jnp.sign(a)
-    else:
-        codes = jnp.clip(codes, jnp.minimum(bits, 1), 255)
-    return slot._replace(
-        codes=codes.astype(slot.codes.dtype).reshape(slot.shape),
-        exponents=exponents[..., 0, 0].astype(jnp.uint8),
-    )
+def _numbers(dtype: jnp.dtype, scale: jax.Array) -> Numbers:
+    """What the codes of a dtype stand for under a scale."""
+    cut, one, zero = _FORMATS[dtype.name]
+    first = jnp.where(scale > 0, jnp.int32(_ONE - (one << cut)), jnp.int32(zero << _EXPONENT))
+    return Numbers(first, jnp.where(scale > 0, jnp.int32(cut), jnp.int32(_EXPONENT)))
 
 
-def _decode(codes: jax.Array, exponents: jax.Array) -> jax.Array:
+def _factor(scale: jax.Array) -> jax.Array:
+    """The scale by which numbers are to be multiplied."""
+    return jnp.where(scale > 0, scale, 1)
+
+
+def _decoded(codes: jax.Array, numbers: Numbers) -> jax.Array:
     count = codes.astype(jnp.int32)
-    first = _STEPS * (exponents.astype(jnp.int32) - _octaves(codes))
-    size = jnp.where(count == 0, 0, _float((abs(count) + first) << _CUT))
-    return size if codes.dtype == jnp.uint8 else size * jnp.sign(count).astype(jnp.float32)
+    bits = numbers.first + (abs(count) << numbers.cut)
+    if _signed(codes):
+        bits = bits | (count & jnp.iinfo(jnp.int32).min)
+    return jnp.where(count == 0, 0, _float(bits))
 
 
-def _octaves(codes: jax.Array) -> int:
-    """Octaves between the first number of a block and the last, whose exponent is kept."""
-    return 15 if codes.dtype == jnp.int8 else 31
+def _encoded(a: jax.Array, numbers: Numbers, noise: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Codes of what noise is added to below the last bit that stays.
+
+    The last operation is on two arrays: what a loop makes of one, XLA:CPU computes again where it
+    is used.
+    """
+    first, cut = numbers
+    bits = _bits(abs(a))
+    codes = (bits - first + noise) >> cut
+    if dtype == jnp.int8:
+        smallest = _float(first + (1 << cut))
+        some = noise.astype(jnp.float32) * (smallest / (1 << cut)) < abs(a)
+        codes = jnp.where(abs(a) < smallest, some, jnp.minimum(codes, 127)).astype(dtype)
+        return jnp.where(a < 0, -codes, codes)
+    return lax.max(jnp.clip(codes, 0, 255).astype(dtype), jnp.minimum(bits, 1).astype(dtype))
 
 
-def _power_and_scale(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A power of two and a number in [1, 2) whose product is x; 0 and 1 for 0."""
-    bits = _bits(x)
-    return _float(bits & 0x7F800000), _float(bits & 0x007FFFFF | 0x3F800000)
+def _largest(codes: jax.Array) -> jax.Array:
+    """The largest size of a code."""
+    largest = jnp.max(codes).astype(jnp.int32)
+    if _signed(codes):  # of the sizes XLA:CPU would keep an array
+        largest = lax.max(largest, -jnp.min(codes).astype(jnp.int32))
+    return largest
 
 
-@jax.jit
-def _constant(value: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The code, exponent and scale of a value that is not negative."""
-    power, scale = _power_and_scale(value)
-    exponent = jnp.clip(_bits(power) >> 23, 32, 254)
-    first = _STEPS * (exponent - 31)
-    code = jnp.clip((_bits(power) >> _CUT) - first, jnp.minimum(_bits(power), 1), 255)
-    return code.astype(jnp.uint8), exponent.astype(jnp.uint8), scale
+def _signed(codes: jax.Array) -> bool:
+    return codes.dtype == jnp.int8
 
 
-def _max(a: jax.Array) -> jax.Array:
-    """The largest number of each block."""
-    return jnp.max(jnp.max(a, -1, keepdims=True), -2, keepdims=True)
-
-
-def _largest(x: jax.Array) -> jax.Array:
-    """The largest size of a finite number of each block."""
-    # Added so, the bits of what is not finite overflow to a negative number.
-    shift = jnp.int32(1 << 23)
-    bits = _max(_bits(abs(x)) + shift)
-    return _float(lax.max(bits, shift) - shift)
-
-
-def _view(slot: EightBit) -> tuple[int, ...]:
-    return view_of(slot.shape, slot.shape[-1] // slot.exponents.shape[-1])
-
-
-def _signed(slot: EightBit) -> bool:
-    return slot.codes.dtype == jnp.int8
+def _power(a: jax.Array) -> jax.Array:
+    """The largest power of two that is not larger than a, which is not negative; 0 for 0."""
+    return _float(_bits(a) & 0x7F800000)
 
 
 def _bits(x: jax.Array) -> jax.Array:

@@ -27,12 +27,12 @@ def random_key(seed: int, axis_name: AxisName | None, draw: Draw) -> jax.Array:
     return mixed
 
 
-def random_bits(key: jax.Array, shape: tuple[int, ...], count: int) -> jax.Array:
+def random_bits(key: jax.Array, shape: tuple[int, ...], count: int | jax.Array) -> jax.Array:
     """Uniform integers of so many bits, 0 to 2^count - 1, as an int32 array of a shape."""
     place = jnp.zeros((), jnp.uint32)
     for axis, stride in enumerate(_strides(shape)):
         place = place + lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(stride)
-    return (_mix(place ^ key) >> np.uint32(32 - count)).astype(jnp.int32)
+    return (_mix(place ^ key) >> jnp.uint32(32 - count)).astype(jnp.int32)
 
 
 def _mix(x: jax.Array) -> jax.Array:

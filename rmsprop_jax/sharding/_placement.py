@@ -34,8 +34,8 @@ def shardings_of_state(
     return jax.tree.unflatten(jax.tree.structure(state), found)
 
 
-def check_state_shardings(state: optax.OptState, params: optax.Params, shardings: PyTree) -> None:
-    """Refuses shardings that do not divide what belongs to their parameters."""
+def check_divided(params: optax.Params, shardings: PyTree) -> None:
+    """Refuses shardings that do not divide their parameters."""
     wanted = jax.tree.leaves(shardings)
     for (path, param), sharding in zip(tree_leaves_with_path(params), wanted, strict=True):
         if not _divides(sharding, np.shape(param)):
@@ -43,42 +43,26 @@ def check_state_shardings(state: optax.OptState, params: optax.Params, shardings
                 f"parameter {leaf_name(path)!r} has the shape {np.shape(param)}, which "
                 f"{sharding.spec} does not divide on a mesh of {dict(sharding.mesh.shape)}"
             )
-    paths = [path for path, _ in tree_leaves_with_path(params)]
-    for array, owner in zip(jax.tree.leaves(state), owners(state, params), strict=True):
-        if owner is not None and not _divides(wanted[owner], array.shape):
-            raise ValueError(
-                f"the state of parameter {leaf_name(paths[owner])!r} has one number a block, of "
-                f"shape {array.shape}, which {wanted[owner].spec} does not divide on a mesh of "
-                f"{dict(wanted[owner].mesh.shape)}: choose a block that divides the shards of the "
-                "last axis, or exempt the parameter"
-            )
 
 
-def partition_over(
-    axes: Sequence[str], params: optax.Params, shardings: PyTree, state: optax.OptState = None
-) -> PyTree:
+def partition_over(axes: Sequence[str], params: optax.Params, shardings: PyTree) -> PyTree:
     """The shardings of parameters with more axes of the mesh, where they divide a shard.
 
-    That is along the first axis of a parameter, and of all that belongs to it in state, whose
-    shards they divide. What has no such axis, or is split over them already, stays as it is.
+    That is along its first axis that they divide. What has no such axis, or is split over them
+    already, stays as it is.
     """
-    shapes = [[np.shape(param)] for param in jax.tree.leaves(params)]
-    for array, owner in zip(jax.tree.leaves(state), owners(state, params), strict=True):
-        if owner is not None:
-            shapes[owner].append(array.shape)
-    leaves, structure = jax.tree.flatten(shardings)
-    split = [_with_axes(axes, *pair) for pair in zip(leaves, shapes, strict=True)]
-    return jax.tree.unflatten(structure, split)
+
+    def split(param: Any, sharding: NamedSharding) -> NamedSharding:
+        return _with_axes(axes, sharding, np.shape(param))
+
+    return jax.tree.map(split, params, shardings)
 
 
-def axis_to_partition(shapes: Sequence[Sequence[int]], n: int) -> int | None:
-    """The first axis along which all of some shapes divide in n parts, if those are several."""
-    if n == 1 or any(0 in shape for shape in shapes):
+def axis_to_partition(shape: Sequence[int], n: int) -> int | None:
+    """The first axis along which a shape divides in n parts, if those are several."""
+    if n == 1 or 0 in shape:
         return None
-    for axis, sizes in enumerate(zip(*shapes, strict=True)):
-        if all(size % n == 0 for size in sizes):
-            return axis
-    return None
+    return next((axis for axis, size in enumerate(shape) if size % n == 0), None)
 
 
 def placed(tree: PyTree, shardings: PyTree) -> PyTree:
@@ -97,17 +81,15 @@ def _placed(sharding: NamedSharding | None, x: Any) -> PyTree:
 
 
 def _with_axes(
-    axes: Sequence[str], sharding: NamedSharding, shapes: Sequence[tuple[int, ...]]
+    axes: Sequence[str], sharding: NamedSharding, shape: tuple[int, ...]
 ) -> NamedSharding:
-    ndim, sizes = len(shapes[0]), sharding.mesh.shape
+    sizes = sharding.mesh.shape
     spec = [_names(entry) for entry in sharding.spec]
-    spec += [()] * (ndim - len(spec))
-    if any(name in axes for names in spec for name in names) or not all(
-        _divides(sharding, shape) for shape in shapes
-    ):
+    spec += [()] * (len(shape) - len(spec))
+    if any(name in axes for names in spec for name in names) or not _divides(sharding, shape):
         return sharding
-    shards = [sharding.shard_shape(shape) for shape in shapes]
-    axis = axis_to_partition(shards, math.prod(sizes[name] for name in axes))
+    shard = sharding.shard_shape(shape)
+    axis = axis_to_partition(shard, math.prod(sizes[name] for name in axes))
     if axis is None:
         return sharding
     spec[axis] = (*spec[axis], *axes)

@@ -11,7 +11,7 @@ from rmsprop_jax._asking import ask
 from rmsprop_jax._types import PyTree
 from rmsprop_jax.sharding._arguments import check_axes, check_inside, checked, partition_of
 from rmsprop_jax.sharding._placement import (
-    check_state_shardings,
+    check_divided,
     shardings_of_params,
     shardings_of_state,
 )
@@ -47,10 +47,9 @@ def state_sharding(
       A tree of shardings like the state.
 
     Raises:
-      ValueError: if the blocks of slots in 8 bits do not fit the shards of a parameter; if
-        shardings is no prefix of params, on several meshes, or not that of zero1; if their mesh has
-        no such axis as zero1_mapped; if one of these two is inside another wrapper, where it is not
-        known which states are split.
+      ValueError: if a sharding does not divide its parameter; if shardings is no prefix of params,
+        on several meshes, or not that of zero1; if their mesh has no such axis as zero1_mapped; if
+        one of these two is inside another wrapper, where it is not known which states are split.
       TypeError: if tx is no gradient transformation, or a sharding no NamedSharding.
 
     Example:
@@ -84,9 +83,9 @@ def state_sharding(
         for param, a, b in zip(jax.tree.leaves(params), jax.tree.leaves(wanted), own, strict=True):
             if not a.is_equivalent_to(b, np.ndim(param)):
                 raise ValueError(f"shardings must be those of zero1, {b}, got {a}")
-        wanted = wrapper.parts(params, state)
+        wanted = wrapper.parts(params)
     if not isinstance(wrapper, Zero1Mapped):
-        check_state_shardings(state, params, wanted)
+        check_divided(params, wanted)
     if memory_kind is not None:
         wanted = jax.tree.map(lambda sharding: sharding.with_memory_kind(memory_kind), wanted)
     return shardings_of_state(state, params, wanted, everywhere)

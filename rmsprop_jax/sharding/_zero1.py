@@ -20,7 +20,7 @@ from rmsprop_jax.sharding._arguments import (
     checked,
 )
 from rmsprop_jax.sharding._placement import (
-    check_state_shardings,
+    check_divided,
     partition_over,
     placed,
     shardings_of_params,
@@ -43,11 +43,10 @@ class Zero1(Partition):
     def init(self, params: optax.Params) -> optax.OptState:
         if is_asked():
             return self.tx.init(params)
-        inside, shapes = ask(self.tx.init, params)
-        check_inside(inside)
-        parts = self.parts(params, shapes)
+        check_inside(ask(self.tx.init, params)[0])
+        parts = self.parts(params)
         state = self.tx.init(placed(params, parts))
-        check_state_shardings(state, params, parts)
+        check_divided(params, parts)
         wanted = shardings_of_state(state, params, parts, self.everywhere)
         return placed(state, wanted)
 
@@ -60,7 +59,7 @@ class Zero1(Partition):
     ) -> tuple[optax.Updates, optax.OptState]:
         updates = without_float0(updates)
         like = updates if params is None else params
-        parts = self.parts(like, state)
+        parts = self.parts(like)
         if params is not None:
             params = placed(params, parts)
         updates = placed(updates, parts)
@@ -71,10 +70,10 @@ class Zero1(Partition):
         state = placed(state, shardings_of_state(state, like, parts, others))
         return placed(updates, shardings_of_params(self.shardings, updates)), state
 
-    def parts(self, params: optax.Params, state: optax.OptState) -> PyTree:
+    def parts(self, params: optax.Params) -> PyTree:
         """The shardings of the parts of the parameters, of which each device has the state."""
         whole = shardings_of_params(self.shardings, params)
-        return partition_over(self.axes, params, whole, state)
+        return partition_over(self.axes, params, whole)
 
 
 def zero1(
@@ -86,8 +85,8 @@ def zero1(
     device takes its part; the updates are gathered. The steps are those of tx, whatever is in it:
     under ``jit`` a norm or a mean is of the whole array, however that is split.
 
-    Each parameter is split along its first axis that the number of devices divides, in whole
-    blocks where its slots are in 8 bits. One that has no such axis is not split, nor its state.
+    Each parameter is split along its first axis that the number of devices divides. One that has no
+    such axis is not split, nor its state.
 
     Args:
       tx: a transformation of this library, or any other; also ``optax.chain`` of several.

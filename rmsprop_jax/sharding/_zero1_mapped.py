@@ -11,6 +11,7 @@ import optax
 
 from rmsprop_jax._asking import Part, ask, ask_without_params, is_asked
 from rmsprop_jax._gradients import without_float0
+from rmsprop_jax._mapped import varies_over
 from rmsprop_jax._rule import some_rules
 from rmsprop_jax._transformation import transformation
 from rmsprop_jax._types import PyTree
@@ -59,7 +60,7 @@ class Zero1Mapped(Partition):
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
-        if _varying(lax.axis_index(self.axes)):
+        if varies_over(lax.axis_index(self.axes)):
             raise ValueError(
                 "zero1_mapped needs jax.shard_map(..., check_vma=False): with check_vma=True, "
                 "jax.grad sums the gradients of replicated parameters over the devices before "
@@ -77,7 +78,7 @@ class Zero1Mapped(Partition):
         return partition_over(self.axes, params, shardings)
 
     def _axis(self, x: Any) -> int | None:
-        return axis_to_partition([jnp.shape(x)], lax.axis_size(self.axes))
+        return axis_to_partition(jnp.shape(x), lax.axis_size(self.axes))
 
     def _mine(self, x: Any) -> Any:
         """The part of a parameter that is this device's."""
@@ -102,13 +103,6 @@ class Zero1Mapped(Partition):
         return u if axis is None else lax.all_gather(u, self.axes, axis=axis, tiled=True)
 
 
-def _varying(x: Any) -> bool:
-    """Whether the types of arrays say over which mapped axes they vary, as that of x does."""
-    typed = jax.typeof(x)
-    manual = getattr(typed, "manual_axis_type", None)
-    return bool(getattr(typed, "vma", None) if manual is None else manual.varying)
-
-
 def zero1_mapped(
     tx: optax.GradientTransformation, axis_name: AxisName
 ) -> optax.GradientTransformationExtraArgs:
@@ -128,8 +122,8 @@ def zero1_mapped(
 
     Args:
       tx: a transformation of this library, or ``optax.chain`` or another wrapper with one in it.
-        ``q8`` and ``bfloat16`` round with the same random bits in all parts; blocks and
-        ``min_size`` are of a part.
+        ``q8`` and ``bfloat16`` round with the same random bits in all parts; ``min_size`` is of a
+        part.
       axis_name: the mapped axis, or a tuple of them.
 
     Returns:

@@ -24,7 +24,7 @@ PARAMS = {
     "half": jnp.ones((8, 2), jnp.bfloat16),
     "complex": jnp.ones(4, jnp.complex64),
 }
-STORAGES = [None, low_memory.bfloat16(), low_memory.q8(block=16, min_size=1)]
+STORAGES = [None, low_memory.bfloat16(), low_memory.q8(min_size=1)]
 FORM = {"initial_scale": 0.5, "centered": True, "momentum": 0.9}
 TXS = [rmsprop(0.1, **FORM, storage=storage) for storage in STORAGES]
 

@@ -17,9 +17,6 @@ MAKE = (low_memory.q8, low_memory.bfloat16)
 @pytest.mark.parametrize(
     ("make", "arguments", "error", "message"),
     [
-        (low_memory.q8, {"block": 0}, ValueError, "block must be at least 1, got 0"),
-        (low_memory.q8, {"block": 12.5}, TypeError, "block must be an integer, got 12.5"),
-        (low_memory.q8, {"block": True}, TypeError, "block must be an integer, got True"),
         (low_memory.q8, {"min_size": -1}, ValueError, "min_size must be at least 0, got -1"),
         (low_memory.q8, {"min_size": None}, TypeError, "min_size must be an integer, got None"),
         *(
@@ -62,7 +59,7 @@ def test_equal_storages_are_one_argument():
         assert make(seed=1) == make(seed=1)
         assert hash(make(seed=1)) == hash(make(seed=1))
         assert make(seed=1) != make(seed=2)
-    assert low_memory.q8() != low_memory.q8(block=64)
+    assert low_memory.q8() != low_memory.q8(min_size=0)
     assert low_memory.q8() != low_memory.bfloat16()
 
 
@@ -90,7 +87,7 @@ def test_a_storage_goes_to_every_dialect_and_recipe(subtests):
         with subtests.test(name):
             assert np.all(np.isfinite(updates))
             assert any(array.dtype == jnp.uint8 for array in jax.tree.leaves(state))
-            assert "held by q8(block=128, min_size=0, seed=0)" in describe(tx)
+            assert "held by q8(min_size=0, seed=0)" in describe(tx)
 
 
 class Callable(type(low_memory.q8())):
@@ -100,7 +97,7 @@ class Callable(type(low_memory.q8())):
         return count
 
 
-CALLABLE = Callable(block=16, min_size=0, seed=0, exempt=None, axis_name=None)
+CALLABLE = Callable(min_size=0, seed=0, exempt=None, axis_name=None)
 
 
 def test_what_is_no_storage_is_refused(subtests):
@@ -116,10 +113,10 @@ def test_what_is_no_storage_is_refused(subtests):
 @pytest.mark.parametrize(
     ("storage", "written"),
     [
-        (low_memory.q8(), "q8(block=128, min_size=4096, seed=0)"),
+        (low_memory.q8(), "q8(min_size=4096, seed=0)"),
         (
-            low_memory.q8(64, 0, 3, axis_name=("x", "y")),
-            "q8(block=64, min_size=0, seed=3, axis_name=('x', 'y'))",
+            low_memory.q8(0, 3, axis_name=("x", "y")),
+            "q8(min_size=0, seed=3, axis_name=('x', 'y'))",
         ),
         (low_memory.bfloat16(), "bfloat16(seed=0)"),
         (low_memory.bfloat16(5, axis_name="x"), "bfloat16(seed=5, axis_name='x')"),

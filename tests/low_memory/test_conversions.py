@@ -19,7 +19,7 @@ from small_states import decoded, last, trained
 from storages import FULL, GRADS, PARAMS, SMALL, STACKED, types
 
 each_storage = pytest.mark.parametrize("storage", SMALL.values(), ids=SMALL)
-BLOCKS = {"q8": low_memory.q8(block=2, min_size=0), "bfloat16": low_memory.bfloat16()}
+STORAGES = {"q8": low_memory.q8(min_size=0), "bfloat16": low_memory.bfloat16()}
 BUILD = {
     "pytorch": dialects.pytorch,
     "timm": dialects.timm,
@@ -47,16 +47,16 @@ def steps_of_both(storage):
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS[::3])
-@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("name", STORAGES)
 def test_frameworks_get_values_in_float32_and_give_them_back(name, framework):
     """What they get is what a state in float32 of the same values gives.
 
-    And back: in bfloat16 as it was, in 8 bits with a relative error of 1/16; but a variance, of
+    And back: in bfloat16 as it was, in 8 bits with a relative error of 1/8; but a variance, of
     what rounding leaves of the difference of float32 numbers.
     """
     small = copy.copy(framework)
-    small.tx = BUILD[framework.name](**framework.options, storage=BLOCKS[name])
-    params, state = tree(), steps_of_both(BLOCKS[name])
+    small.tx = BUILD[framework.name](**framework.options, storage=STORAGES[name])
+    params, state = tree(), steps_of_both(STORAGES[name])
     without = {"centered": "mu", "momentum": "trace"}
     state = state._replace(
         **{field: None for option, field in without.items() if option not in framework.options}
@@ -70,7 +70,7 @@ def test_frameworks_get_values_in_float32_and_give_them_back(name, framework):
     assert types(again) == types(state)
     old, new = arrays(state), arrays(again)
     for path, value in old.items():
-        loss = abs(value) * (2**-4 if name == "q8" and not path.startswith("mu") else 2**-9)
+        loss = abs(value) * (2**-3 if name == "q8" and not path.startswith("mu") else 2**-9)
         if path.startswith("nu") and framework.options.get("centered"):
             loss = loss + 2**-22 * old[path.replace("nu", "mu", 1)] ** 2
         assert np.any(value != 0)
@@ -104,20 +104,18 @@ def test_float32_to_8_bits_and_back_loses_what_is_said():
     assert int(back.count) == 7
     assert float(back.weight_sum) == 0.5
     old, new = arrays(state), arrays(back)
-    largest = {
-        path: np.repeat(abs(value).max(-1, keepdims=True), 128, -1) for path, value in old.items()
-    }
     nu, got = old["nu/w"], new["nu/w"]
     np.testing.assert_array_equal(got == 0, nu == 0)
-    floor = 2.0**-31 * largest["nu/w"]
+    floor = 1.25 * 2.0**-45 * 2.0 ** np.floor(np.log2(nu.max()))
     above = nu > 1.2 * floor
-    assert np.all(abs(got - nu)[above] <= nu[above] / 16)
+    assert np.all(abs(got - nu)[above] <= nu[above] / 8)
     low = (nu > 0) & ~above
     assert np.any(low)
-    assert np.all(got[low] >= nu[low] * 15 / 16)
-    assert np.all(got[low] <= 1.2 * floor[low])
+    assert np.all(got[low] >= nu[low] * 7 / 8)
+    np.testing.assert_allclose(got[low], floor, rtol=0.2)
     trace, got = old["trace/w"], new["trace/w"]
-    assert np.all(abs(got - trace) <= np.maximum(abs(trace) / 16, 2.0**-15 * largest["trace/w"]))
+    smallest = 2.0**-12 * abs(trace).max()
+    assert np.all(abs(got - trace) <= np.maximum(abs(trace) / 16, 0.6 * smallest))
     assert np.all(abs(new["mu/w"] - old["mu/w"]) <= abs(old["mu/w"]) * 2**-8)
 
 
@@ -137,20 +135,23 @@ def test_to_the_same_storage_changes_no_bit(storage):
     assert_same(convert.change_storage(state, PARAMS, tx), state)
 
 
-def test_from_one_block_to_another_is_rounded_once_more():
+def test_leaves_that_another_storage_holds_otherwise():
+    """From 8 bits to float32 as they are, and back rounded once more."""
     state = trained(SMALL["q8"])
-    tx = rmsprop(0.1, **FULL, storage=low_memory.q8(block=4, min_size=16))
+    tx = rmsprop(0.1, **FULL, storage=low_memory.q8(min_size=64))
     new = convert.change_storage(state, PARAMS, tx)
-    assert new.nu.exponents["w"].shape == new.trace.exponents["w"].shape == (4, 8)
-    old, new = arrays(state), arrays(new)
+    assert new.nu.codes["b"].dtype == jnp.float32
+    assert new.nu.codes["w"].dtype == jnp.uint8
+    back = convert.change_storage(new, PARAMS, rmsprop(0.1, **FULL, storage=SMALL["q8"]))
+    assert types(back) == types(state)
+    old, new, back = arrays(state), arrays(new), arrays(back)
     for path, value in old.items():
-        bound = abs(value) / 16
-        if path.startswith("trace") and value.ndim:
-            blocks = abs(value).reshape(*value.shape[:-1], -1, 4)
-            largest = np.repeat(blocks.max(-1), 4, -1)
-            bound = np.maximum(bound, 2.0**-15 * largest)
         assert np.any(value != 0)
-        assert np.all(abs(new[path] - value) <= bound), path
+        bound = abs(value) / (8 if path.startswith("nu") else 16)
+        if path.startswith("trace"):
+            bound = np.maximum(bound, 2.0**-12 * abs(value).max())
+        assert np.all(abs(new[path] - value) <= (0 if path.endswith("b") else bound)), path
+        assert np.all(abs(back[path] - value) <= 2 * bound), path
 
 
 def like_params(value):
@@ -188,10 +189,7 @@ def test_a_wrapped_state_changes_its_storage(wrap):
         np.testing.assert_array_equal(new[path], value)
     assert int(again.count) == 4
     nu, got = old["nu/w"], arrays(again)["nu/w"]
-    in_range = nu > 2.0**-30 * nu.max()  # what is below becomes the smallest of its block
-    assert np.mean(in_range) > 0.9
-    np.testing.assert_allclose(got[in_range], nu[in_range], rtol=2**-4)
-    assert np.all(got >= nu * (1 - 2**-4))
+    np.testing.assert_allclose(got, nu, rtol=2**-3)
 
 
 @pytest.mark.usefixtures("default_promotion")  # for Optax

@@ -44,7 +44,14 @@ def test_what_is_not_finite_stays_in_its_coordinate_and_out_of_the_state(subtest
                 if not form.get("centered"):  # there a gradient of 0 is away from the mean
                     np.testing.assert_array_equal(kept, like)
             for updates, got in [(nan, wanted), *infinite]:
-                jax.tree.map(np.testing.assert_array_equal, got[case], wanted[case])
+                *averages, trace = [values(field) for field in fields(got[case])] + [None]
+                if "momentum" in form:  # an infinite gradient enters it by a step of bounded size
+                    *averages, trace = values(got[case].nu), values(got[case].trace)
+                    want = values(wanted[case].trace)
+                    assert np.all(np.isfinite(trace))
+                    np.testing.assert_array_equal(trace[~bad], want[~bad])
+                for found, field in zip(averages, fields(wanted[case]), strict=False):
+                    np.testing.assert_array_equal(found, values(field))
                 np.testing.assert_array_equal(updates[case][~bad], calm[case][~bad])
             assert np.all(np.isnan(nan[case][bad]))
             assert all(np.all(np.isfinite(updates[case][bad])) for updates, _ in infinite)
@@ -72,11 +79,14 @@ def test_leaves_in_float32_keep_it_out_as_well():
     updates, state = tx.update(g, tx.init(jnp.zeros(3)))
     np.testing.assert_allclose(values(state.nu), [0.1, 0, 0], rtol=1e-6)
     np.testing.assert_allclose(updates, [-0.1 / 0.1**0.5, np.nan, -0.1 / 0.1**0.5], rtol=1e-5)
-    np.testing.assert_allclose(values(state.trace), [0.1 / 0.1**0.5, 0, 0], rtol=1e-5)
+    np.testing.assert_allclose(values(state.trace), [0.1 / 0.1**0.5, 0, 0.1 / 0.1**0.5], rtol=1e-5)
 
 
 def test_decay_0_and_the_first_step_of_bias_correction_forget_all(subtests):
-    """Bit for bit the update of float32, in which the state then does not matter."""
+    """The update of float32, in which the state then does not matter.
+
+    In 8 bits bit for bit; in 16 bits it is made of the second moment that is stored, to 2^-8.
+    """
     grads = row(3)
     storages = [None, *STORAGES.values()]
 
@@ -90,11 +100,14 @@ def test_decay_0_and_the_first_step_of_bias_correction_forget_all(subtests):
     (corrected, _), *others = runs[3:]
     for name, (got, state), (other, _) in zip(STORAGES, forgetful, others, strict=True):
         with subtests.test(storage=name):
-            np.testing.assert_array_equal(got, want)
+            rtol = 0 if name == "q8" else 2.0**-8
+            np.testing.assert_allclose(got, want, rtol)
             squares = np.broadcast_to(np.square(grads[-1]), (64, 128))
-            np.testing.assert_allclose(values(state.nu), squares, rtol=1 / 8)
-            np.testing.assert_array_equal(other[0], corrected[0])
-            np.testing.assert_allclose(other, corrected, rtol=0.13 / 2 * 3)
+            # Of a past that is forgotten 8 bits have no scale: powers of two, on either side.
+            ratio = values(state.nu) / squares
+            assert np.all((ratio > 0.5) & (ratio < 2))
+            np.testing.assert_allclose(other[0], corrected[0], rtol)
+            np.testing.assert_allclose(other, corrected, rtol=0.45 if name == "q8" else 0.02)
 
 
 def test_decay_1_keeps_the_start_value_for_ever_and_8_bits_hold_it_exactly(subtests):
@@ -125,21 +138,30 @@ def test_schedules_arrays_and_numbers_give_the_same_bits():
 
 
 def test_an_update_has_the_derivatives_of_float32(subtests):
-    """By learning rate, decay and gradient, where nothing is stored yet."""
+    """By learning rate, decay and gradient, where nothing is stored yet; forward and in reverse.
+
+    What is used as it is stored has those of what was rounded. In bfloat16 they are taken at the
+    second moment that is stored, to 2^-8.
+    """
     g = jnp.asarray(np.broadcast_to(row(1)[0], (64, 128)))
+    weights = jnp.asarray(np.random.default_rng(1).standard_normal(g.shape), jnp.float32)
 
     def update(learning_rate, decay, g, storage):
         tx = rmsprop(learning_rate, decay, 1e-3, momentum=0.9, storage=storage)
-        return jnp.sum(jnp.sin(tx.update(g, tx.init(g))[0]))
+        return jnp.sum(weights * tx.update(g, tx.init(g))[0])
 
     @jax.jit
     def derivatives(*arguments):
         by = jax.grad(update, argnums=(0, 1, 2))
-        return [by(*arguments, storage) for storage in (None, *STORAGES.values())]
+        forward = jax.jacfwd(update, argnums=(0, 1))
+        storages = (None, *STORAGES.values())
+        return [by(*arguments, one) + forward(*arguments, one) for one in storages]
 
     want, *others = derivatives(0.1, 0.9, g)
     assert all(np.any(derivative != 0) for derivative in want)
+    names = ("learning_rate", "decay", "g", "learning_rate, forward", "decay, forward")
     for name, got in zip(STORAGES, others, strict=True):
-        for argument, a, b in zip(("learning_rate", "decay", "g"), got, want, strict=True):
+        rtol, atol = (1e-4, 1e-6) if name == "q8" else (2.0**-6, 1e-3)
+        for argument, a, b in zip(names, got, want, strict=True):
             with subtests.test(storage=name, by=argument):
-                np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+                np.testing.assert_allclose(a, b, rtol, atol * np.max(np.abs(b)))

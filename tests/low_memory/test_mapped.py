@@ -13,11 +13,12 @@ import pytest
 
 from helpers import assert_moved, mesh_of, side_by_side, wait
 from rmsprop_jax import low_memory, rmsprop
+from rmsprop_jax._storage import slots_of
 
 STACK = (8, 2, 32)  # a part for each device
 GRADIENT = np.random.default_rng(0).standard_normal(STACK[1:]).astype(np.float32)
 MAKE = {
-    "q8": lambda axis_name: low_memory.q8(block=16, min_size=0, axis_name=axis_name),
+    "q8": lambda axis_name: low_memory.q8(min_size=0, axis_name=axis_name),
     "bfloat16": lambda axis_name: low_memory.bfloat16(axis_name=axis_name),
 }
 NAMED = ["x", ("x",), ("x", "y")]
@@ -165,3 +166,31 @@ def test_an_axis_that_is_not_mapped_is_named_by_jax(storage, jit):
     update = jax.jit(tx.update) if jit else tx.update
     with pytest.raises(NameError, match="unbound axis name: rows"):
         update(params, tx.init(params))
+
+
+@pytest.mark.parametrize("check_vma", [False, True])
+def test_shards_of_all_sizes_have_one_scale(check_vma):
+    """So a scale that is said to be replicated is: gradients 2^20 times as large from part to part.
+
+    Gathered, codes and scales decode as on one device, but for the bits of the rounding.
+    """
+    mesh, tx = mesh_of(8), rmsprop(0.1, momentum=0.9, storage=low_memory.q8(min_size=0))
+    grads = np.float32(GRADIENT * 2.0 ** (np.arange(8) * 2 - 10)[:, None, None])
+    params, place = np.ones(STACK, np.float32), NamedSharding(mesh, P("x"))
+    shapes = jax.eval_shape(tx.init, params)
+    specs = optax.tree.map_params(tx, lambda _: P("x"), shapes, transform_non_params=lambda _: P())
+    shard_map = functools.partial(jax.shard_map, mesh=mesh, check_vma=check_vma)
+    init = wait(jax.jit(shard_map(tx.init, in_specs=P("x"), out_specs=specs)))
+    update = shard_map(tx.update, in_specs=(P("x"), specs), out_specs=(P("x"), specs))
+    state, update = init(jax.device_put(params, place)), wait(jax.jit(update))
+    one = jax.jit(tx.init)(params)
+    for _ in range(4):
+        updates, state = update(jax.device_put(grads, place), state)
+        _, one = jax.jit(tx.update)(grads, one)
+    for field, want in ((state.nu, one.nu), (state.trace, one.trace)):
+        held = {shard.data.tobytes() for shard in field.scales.addressable_shards}
+        assert len(held) == 1
+        np.testing.assert_allclose(field.scales, want.scales, rtol=1e-6)
+    ratio = slots_of(jax.device_get(state.nu)).decode() / slots_of(one.nu).decode()
+    assert np.all((ratio > 0.5) & (ratio < 2))
+    assert np.all(np.isfinite(updates))

@@ -21,7 +21,7 @@ def test_a_second_moment_is_unbiased_and_its_noise_bounded(subtests):
 
     for decay in (0.5, 0.9, 0.99, 0.999):
         plain, *states = last(make, grads, table(512), decay)
-        for name, most, state in zip(STORAGES, (0.25, 0.0625), states, strict=True):
+        for name, most, state in zip(STORAGES, (0.35, 0.0625), states, strict=True):
             with subtests.test(storage=name, decay=decay):
                 ratio = values(state.nu) / values(plain.nu)
                 deviation = ratio.std(axis=0, ddof=1)
@@ -61,7 +61,7 @@ def test_over_a_few_seeds():
 
 
 def test_the_noise_of_an_update(subtests):
-    """Some 10% at most in root mean square, and the mean 2% longer at most."""
+    """At most 18% in root mean square, and the mean 5.5% longer."""
 
     @jax.jit
     def errors(grads, decay):
@@ -78,11 +78,37 @@ def test_the_noise_of_an_update(subtests):
 
         return jax.lax.scan(step, (small.init(x), plain.init(x)), grads)[1]
 
-    for decay, noise, longer in ((0.9, 0.05, 0.005), (0.999, 0.11, 0.02)):
+    for decay, noise, longer in ((0.9, 0.09, 0.012), (0.99, 0.15, 0.04), (0.999, 0.18, 0.055)):
         with subtests.test(decay=decay):
             mean, square = (np.mean(np.float64(a[-500:])) for a in errors(row(2000), decay))
             assert math.sqrt(square - mean**2) < noise
             assert 0 < mean < longer
+
+
+def test_where_no_gradient_arrives_the_noise_of_bfloat16_grows_with_the_root_of_time(subtests):
+    """Each step rounds by a relative deviation of at most 2^-8; the mean stays right."""
+
+    @jax.jit
+    def moments(decay):
+        tx = rmsprop(1.0, decay, storage=low_memory.bfloat16())
+
+        def step(state, g):
+            _, state = tx.update(jnp.full(2048, g), state)
+            value = state.nu.astype(jnp.float32)
+            return state, (jnp.mean(value), jnp.std(value))
+
+        return jax.lax.scan(
+            step, tx.init(jnp.zeros(2048)), (jnp.arange(5001) == 0).astype(jnp.float32)
+        )[1]
+
+    for decay, longest in ((0.9, 300), (0.99, 3000), (0.999, 5000)):
+        mean, deviation = map(np.float64, moments(np.float32(decay)))
+        want = (1 - np.float32(decay)) * np.float64(np.float32(decay)) ** np.arange(5001)
+        for k in (10, 100, longest):
+            with subtests.test(decay=decay, steps=k):
+                relative = deviation[k] / mean[k]
+                assert 0.0018 * math.sqrt(k) < relative < 2.0**-8 * math.sqrt(k)
+                assert abs(mean[k] / want[k] - 1) < 4 * relative / math.sqrt(2048)
 
 
 def test_the_noise_of_momentum(subtests):
@@ -132,7 +158,7 @@ def test_the_variance_in_8_bits_beside_a_mean_in_16():
     ratio = values(state.nu) / values(plain.nu)
     assert np.all(ratio > 0)
     assert 0.99 < ratio.mean() < 1.1  # the noise of the mean is added to the variance
-    assert ratio.std() < 0.25
+    assert ratio.std() < 0.35
 
 
 def test_a_scheduled_decay(subtests):

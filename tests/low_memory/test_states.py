@@ -59,8 +59,8 @@ def test_a_state_whose_floats_were_cast_to_bfloat16_is_refused_or_goes_on(storag
         assert types(new) == types(half)
 
 
-@pytest.mark.parametrize("part", ["codes", "exponents", "scales"])
-def test_blocks_of_which_a_part_was_cast_are_refused(part):
+@pytest.mark.parametrize("part", ["codes", "scales"])
+def test_codes_of_which_a_part_was_cast_are_refused(part):
     tx = rmsprop(0.1, **FULL, storage=SMALL["q8"])
     state = trained(SMALL["q8"])
     for field in ("nu", "trace"):
@@ -90,10 +90,10 @@ def test_the_slots_of_other_parameters_are_refused():
         tx.update({"b": GRADS[0]["b"], "s": GRADS[0]["s"]}, tx.init(PARAMS))
 
 
-ANY = {"float32": None, **SMALL, "other blocks": low_memory.q8(block=4, min_size=64)}
+ANY = {"float32": None, **SMALL, "other leaves": low_memory.q8(min_size=64)}
 TXS = {name: rmsprop(0.1, **FULL, storage=storage) for name, storage in ANY.items()}
 # The second is of a state that the first takes and goes on with as it is held.
-TAKEN = [("q8", "other blocks"), ("other blocks", "q8"), ("bfloat16", "float32")]
+TAKEN = [("q8", "other leaves"), ("other leaves", "q8"), ("bfloat16", "float32")]
 
 
 def test_a_state_of_another_storage_goes_on_as_it_is_held(subtests):
@@ -118,12 +118,12 @@ def test_a_state_of_another_storage_goes_on_as_it_is_held(subtests):
                 np.testing.assert_allclose(a, b, rtol=1e-6 if other == "float32" else 0)
 
 
-IN_BLOCKS, IN_ARRAYS = ("q8", "other blocks"), ("float32", "bfloat16")
-MIXED = [*itertools.product(IN_BLOCKS, IN_ARRAYS), *itertools.product(IN_ARRAYS, IN_BLOCKS)]
+IN_CODES, IN_ARRAYS = ("q8", "other leaves"), ("float32", "bfloat16")
+MIXED = [*itertools.product(IN_CODES, IN_ARRAYS), *itertools.product(IN_ARRAYS, IN_CODES)]
 
 
 @pytest.mark.parametrize(("name", "other"), MIXED)
-def test_blocks_are_refused_by_those_who_have_none_and_arrays_by_those_who_have(name, other):
+def test_codes_are_refused_by_those_who_have_none_and_arrays_by_those_who_have(name, other):
     tx, state = TXS[name], TXS[other].init(PARAMS)
     one = tx.init(PARAMS)._replace(trace=state.trace)
     for field, held in (("nu", state), ("trace", one)):

@@ -137,7 +137,7 @@ def test_storages_made_by_equal_arguments_are_equal():
         lambda: rmsprop(0.1).part.variant.storage,
         low_memory.q8,
         low_memory.bfloat16,
-        lambda: low_memory.q8(block=64),
+        lambda: low_memory.q8(min_size=64),
         lambda: low_memory.q8(exempt=is_norm),
         lambda: low_memory.bfloat16(seed=1),
     ]

@@ -36,9 +36,7 @@ def trained(tree):
 def field_of(field, tree):
     """A field of the state with another tree in it, however it is held."""
     if hasattr(field, "codes"):
-        return field._replace(
-            codes=tree(field.codes), exponents=tree(field.exponents), scales=field.scales
-        )
+        return field._replace(codes=tree(field.codes), scales=field.scales)
     return tree(field)
 
 

@@ -164,15 +164,16 @@ def test_parameters_named_like_fields_of_the_state(storage):
     assert placed.count == NamedSharding(MESH, P())
 
 
-def test_what_fills_the_place_of_exponents_may_lie_anywhere():
-    """Of a parameter that is exempt, however its last axis is sharded."""
+def test_codes_lie_where_their_parameters_do_on_any_axis():
+    """Also what an exempt leaf has in their place."""
     params, place = {"w": jnp.ones((64, 776))}, NamedSharding(MESH, P(None, "x"))
-    tx = rmsprop(0.1, storage=low_memory.q8(256, exempt=lambda path: True))
-    placed = sharding.state_sharding(tx, params, place)
-    assert placed.nu.codes["w"] == place
-    state = wait(jax.jit(tx.init, out_shardings=placed))(jax.device_put(params, place))
-    assert_placed(state, placed)
-    assert sharding.zero1(tx, MESH, "x").init(params).nu.codes["w"].sharding.spec == P("x")
+    for exempt in (None, lambda path: True):
+        tx = rmsprop(0.1, storage=low_memory.q8(exempt=exempt))
+        placed = sharding.state_sharding(tx, params, place)
+        assert placed.nu.codes["w"] == place
+        state = wait(jax.jit(tx.init, out_shardings=placed))(jax.device_put(params, place))
+        assert_placed(state, placed)
+        assert sharding.zero1(tx, MESH, "x").init(params).nu.codes["w"].sharding.spec == P("x")
 
 
 def test_python_numbers_are_parameters_too():

@@ -130,16 +130,14 @@ def test_refused(call, error, message):
         call()
 
 
-def test_blocks_that_do_not_divide_are_refused_by_state_sharding_and_cut_otherwise_by_zero1():
-    """Four blocks on an axis of eight parts would be cut, so zero1 takes another axis."""
-    params = {"w": jnp.ones((8, 40)), "v": jnp.ones((2, 40))}
-    tx = rmsprop(0.1, storage=low_memory.q8(16, 0))
-    place = NamedSharding(MESH, P(None, "x"))
-    with pytest.raises(
-        ValueError, match=r"'[vw]' has one number a block, of shape \(\d, 4\).*choose a block"
-    ):
-        sharding.state_sharding(tx, params, place)
+def test_codes_are_split_as_their_parameters_are():
+    params = {"w": jnp.ones((8, 40)), "v": jnp.ones((2, 40)), "u": jnp.ones((2, 41))}
+    tx = rmsprop(0.1, storage=low_memory.q8(0))
+    with pytest.raises(ValueError, match=r"'u' has the shape \(2, 41\), which .* does not divide"):
+        sharding.state_sharding(tx, params, NamedSharding(MESH, P(None, "x")))
     tx = sharding.zero1(tx, MESH, "x")
     state = wait(jax.jit(tx.init))(jax.device_put(params, ALL))
     assert state.nu.codes["w"].sharding.spec == P("x")
-    assert state.nu.codes["v"].is_fully_replicated
+    assert state.nu.codes["v"].sharding.spec == P(None, "x")
+    assert state.nu.codes["u"].is_fully_replicated
+    assert state.nu.scales.is_fully_replicated

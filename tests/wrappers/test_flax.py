@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from helpers import assert_moved, assert_same
+from helpers import assert_moved, assert_same, mesh_of, wait
 from rmsprop_jax import rmsprop
 from storages import FULL, STORAGES, assert_near, each_storage, types
 
@@ -150,3 +150,28 @@ def test_linen_train_state_and_its_bytes(storage):
     restored = serialization.from_bytes(fresh, serialization.to_bytes(state))
     assert_same(restored.opt_state, state.opt_state)
     assert_same(step(restored).opt_state, step(state).opt_state)
+
+
+def test_a_kernel_that_is_partitioned_on_its_last_axis():
+    """By Linen's annotations, under jit with shardings of the outputs: codes have its shape."""
+    mesh = mesh_of(4)
+    split = linen.with_partitioning(linen.initializers.lecun_normal(), (None, "x"))
+    model, x = linen.Dense(128, kernel_init=split), jnp.ones((2, 48))
+
+    def init(key):
+        params = model.init(key, x)
+        return params, [tx.init(params) for tx in txs]
+
+    txs = [rmsprop(0.1, momentum=0.9, storage=storage) for storage in STORAGES.values()]
+    key = jax.random.key(0)
+    shapes = jax.eval_shape(init, key)
+    places = linen.get_sharding(shapes, mesh)
+    params, states = wait(jax.jit(init, out_shardings=places))(key)
+    kernel = params["params"]["kernel"].value
+    assert kernel.sharding.spec == P(None, "x")
+    for state, tx in zip(states, txs, strict=True):
+        held = getattr(state.nu, "codes", state.nu)["params"]["kernel"].value
+        assert held.shape == kernel.shape
+        assert held.sharding.is_equivalent_to(kernel.sharding, 2)
+        updates, _ = wait(jax.jit(tx.update))(params, state, params)
+        assert np.all(updates["params"]["kernel"].value != 0)

@@ -1,0 +1,100 @@
+"""A field of the state whose slots are in 8 bits."""
+
+from collections.abc import Collection, Sequence
+import contextlib
+from typing import Any, NamedTuple
+
+import jax
+from jax import export
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+import numpy as np
+
+from rmsprop_jax._storage import Joined, is_packed
+from rmsprop_jax._types import PyTree
+from rmsprop_jax.low_memory._eight_bit import EightBit, powers_of
+
+
+@Joined.register
+class EightBits(NamedTuple):
+    """Slots in 8 bits, taken apart.
+
+    Attributes:
+      codes: a tree like the parameters, of codes in uint8 or int8; of the numbers themselves for
+        a leaf that is not held in 8 bits.
+      scales: float32, one for each leaf.
+    """
+
+    codes: PyTree
+    scales: jax.Array
+
+    @property
+    def shared(self) -> Collection[str]:
+        return ("scales",)
+
+    def slots(self) -> PyTree:
+        return self._slots(None)
+
+    def slots_to_step(self) -> PyTree:
+        leaves = jax.tree.leaves(self.codes)
+        return self._slots(powers_of(leaves, self.scales) if any(map(_is_code, leaves)) else None)
+
+    def _slots(self, powers: jax.Array | None) -> PyTree:
+        structure: Any
+        leaves, structure = jax.tree.flatten(self.codes)
+        return structure.unflatten(
+            EightBit(code, self.scales, np.int32(leaf), powers) if _is_code(code) else code
+            for leaf, code in enumerate(leaves)
+        )
+
+    def with_slots(self, slots: PyTree) -> "EightBits":
+        found = jax.tree.leaves(slots, is_leaf=is_packed)
+        vectors = [slot.scales for slot in found if is_packed(slot)]
+        own = [slot.scales if is_packed(slot) else vectors[0] for slot in found if vectors]
+        return EightBits(_codes(slots), _diagonal(own) if own else self.scales)
+
+
+with contextlib.suppress(ValueError):  # registered already, if this module is reloaded
+    export.register_namedtuple_serialization(EightBits, serialized_name="rmsprop_jax.EightBits")
+
+
+def joined(slots: PyTree) -> EightBits:
+    """The field of slots that were just made, which all have the same scale."""
+    codes = _codes(slots)
+    found = jax.tree.leaves(slots, is_leaf=is_packed)
+    scale = next((slot.scales[0] for slot in found if is_packed(slot)), 0.0)
+    scales = jnp.full(max(len(found), 1), scale, jnp.float32)  # never of size 0
+    for array in jax.tree.leaves(codes)[:1]:
+        scales = _beside(scales, array)
+    return EightBits(codes, scales)
+
+
+def _beside(scales: jax.Array, array: jax.Array) -> jax.Array:
+    """The scales on every device of an array, as their own update leaves them."""
+    if isinstance(array, jax.core.Tracer):
+        mesh = jax.typeof(array).sharding.mesh
+        if mesh.axis_types and all(kind == AxisType.Explicit for kind in mesh.axis_types):
+            scales = jax.reshard(scales, NamedSharding(mesh, PartitionSpec(None)))
+        return scales
+    if not getattr(array, "committed", False):
+        return scales
+    sharding = array.sharding
+    if isinstance(sharding, NamedSharding):
+        sharding = sharding.update(spec=PartitionSpec())
+    return jax.device_put(scales, sharding)
+
+
+def _codes(slots: PyTree) -> PyTree:
+    return jax.tree.map(
+        lambda slot: slot.codes if is_packed(slot) else slot, slots, is_leaf=is_packed
+    )
+
+
+def _is_code(array: Any) -> bool:
+    return not jnp.issubdtype(array.dtype, jnp.inexact)
+
+
+@jax.jit
+def _diagonal(vectors: Sequence[jax.Array]) -> jax.Array:
+    """Of vectors as long as there are of them, the first of the first, the second of the second."""
+    return jnp.stack([jnp.asarray(vector)[i] for i, vector in enumerate(vectors)])
