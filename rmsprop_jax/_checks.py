@@ -104,3 +104,5 @@ def state(value: Any, kind: Any, in_use: dict[str, bool], joins: Collection[str]
                 f"state.{field} must be of this storage, got {type(held).__name__}: "
                 "convert.change_storage gives the state of another one"
             )
+        if isinstance(held, Joined):
+            held.check(field)

@@ -50,6 +50,10 @@ class Joined(abc.ABC):
         """The names of what in it is no such tree."""
 
     @abc.abstractmethod
+    def check(self, field: str) -> None:
+        """Refuses arrays that no field of this name has."""
+
+    @abc.abstractmethod
     def slots(self) -> PyTree:
         """The slots, in a tree like the parameters."""
 

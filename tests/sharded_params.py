@@ -49,7 +49,7 @@ WRAPPED = {
     "corrected": lambda: rmsprop(0.1, bias_correction=True),
     "scaled": scale_by_rms,
     "bfloat16": lambda: RMS(storage=low_memory.bfloat16()),
-    "q8": lambda: RMS(storage=low_memory.q8(1, 0)),
+    "q8": lambda: RMS(storage=low_memory.q8(min_size=0)),
     "chain": lambda: optax.chain(optax.clip_by_global_norm(1.0), RMS(), optax.trace(0.9)),
     "named chain": lambda: optax.named_chain(("rms", RMS()), ("ema", optax.ema(0.9))),
     "masked": lambda: optax.masked(RMS(), matrices),

@@ -42,7 +42,7 @@ def change_storage(
       >>> _, state = plain.update(2 * params, plain.init(params))
       >>> held = convert.change_storage(state, params, small)
       >>> print(held.nu.codes.dtype, convert.change_storage(held, params, plain).nu[0])
-      uint8 0.40625
+      uint8 0.375
     """
     init = getattr(tx, "init", lambda params: params)
     old: Any = jax.tree.flatten(state, is_leaf=is_ours)

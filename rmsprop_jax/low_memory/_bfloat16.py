@@ -31,7 +31,7 @@ def accumulate_bfloat16(
         return past + term()
 
     def advanced(slot: jax.Array) -> jax.Array:
-        return _rounded(exact(slot), random_bits(key, slot.shape, _CUT))
+        return _rounded(exact(slot), random_bits(key, slot, _CUT))
 
     new = lax.platform_dependent(
         slot, cpu=lambda slot: once(advanced, slot, zero), default=advanced

@@ -56,7 +56,6 @@ class Format(NamedTuple):
 
 
 _FORMATS = {"uint8": Format(21, 180, 0), "int8": Format(20, 96, 36)}
-_LEAST = np.float32(1.25 * 2.0**-45)  # code 1 of uint8
 
 
 class Numbers(NamedTuple):
@@ -89,12 +88,6 @@ class EightBit(NamedTuple):
     @property
     def dtype(self) -> jnp.dtype:
         """That of the values."""
-        codes, scales = self.codes.dtype.name, self.scales.dtype.name
-        if codes not in _FORMATS or scales != "float32":
-            raise TypeError(
-                f"codes must be of one of the dtypes {[*_FORMATS]}, and scales of float32, got "
-                f"{codes} and {scales}"
-            )
         return self.scales.dtype
 
     def decode(self) -> jax.Array:
@@ -112,7 +105,7 @@ class EightBit(NamedTuple):
             scale = _power(jnp.max(abs(values)))
             numbers = _numbers(self.codes.dtype, scale)
             half = jnp.int32(1) << (numbers.cut - 1)
-            codes = _encoded(values / _factor(scale), numbers, half, self.codes.dtype)
+            codes = _encoded(values / _factor(scale), values > 0, numbers, half, self.codes.dtype)
             return EightBit(codes, jnp.asarray(self.scales).at[self.leaf].set(scale), self.leaf)
 
 
@@ -152,35 +145,38 @@ def accumulate_eight_bit(
     # 0, or becomes 0, nothing stays.
     scale = _factor(scales)
     decayed = lax.min(decay * scale, jnp.float32(_LARGEST))
-    octave = _power(decay)
+    held, octave = scale * powers, _power(decay)
+    octave = octave * jnp.where(held > _LARGEST / 4, 2, 1)  # or the scale could be infinite
     stays = decayed * powers >= _TINY
-    shrink = jnp.where(stays, octave / powers, 0)
-    first = 0 if draw.size is None else lax.max(_power(draw.size), jnp.float32(_TINY))
-    new_scales = jnp.where(stays, (decay / octave) * scale * powers, first)
+    shrink = jnp.where(stays, lax.min(octave / powers, jnp.float32(_LARGEST)), 0)
+    first = jnp.float32(0)
+    if draw.size is not None:
+        first = jnp.where(
+            draw.size < jnp.inf, lax.max(_power(draw.size), jnp.float32(_TINY)), _TINY
+        )
+    new_scales = lax.stop_gradient(jnp.where(stays, decay / octave * held, first))
     inverse = 1 / _factor(new_scales)
 
     a = _decoded(codes, _numbers(codes.dtype, _of(scales, leaf)))
     past = unfused(_of(decayed, leaf) * a, zero)
     if bound is not None:
         past = clip(past, bound)
-    shrunk = _of(shrink, leaf) * a
-    if not _signed(codes):  # nothing becomes 0
-        least = _of(jnp.where(stays, _LEAST, 0), leaf)
-        shrunk = jnp.where(a > 0, lax.max(shrunk, least), 0)
+    added = term()
     new = _numbers(codes.dtype, _of(new_scales, leaf))
-    a = shrunk + unfused(term() * _of(inverse, leaf), zero)
-    noise = random_bits(key, slot.shape, new.cut)
-    held = EightBit(_encoded(a, new, noise, codes.dtype), new_scales, leaf)
+    positive = ((codes > 0) & _of(stays, leaf)) | (added > 0)
+    a = _of(shrink, leaf) * a + unfused(added * _of(inverse, leaf), zero)
+    noise = random_bits(key, codes, new.cut)
+    slot = EightBit(_encoded(a, positive, new, noise, codes.dtype), new_scales, leaf)
 
     def value(_: int) -> jax.Array:
         exact = past + term()
         if _signed(codes):
-            return straight_through(held.decode(), exact)
+            return straight_through(slot.decode(), exact)
         # Of second moments the exact sum is better, and as fast. XLA:CPU keeps fewer copies if it
         # knows that the new codes come first.
-        return exact + zero.astype(jnp.float32) * held.codes.astype(jnp.float32)
+        return exact + zero.astype(jnp.float32) * slot.codes.astype(jnp.float32)
 
-    return value, held
+    return value, slot
 
 
 def _of(vector: jax.Array, leaf: Any) -> jax.Array:
@@ -207,21 +203,22 @@ def _decoded(codes: jax.Array, numbers: Numbers) -> jax.Array:
     return jnp.where(count == 0, 0, _float(bits))
 
 
-def _encoded(a: jax.Array, numbers: Numbers, noise: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Codes of what noise is added to below the last bit that stays.
+def _encoded(
+    a: jax.Array, positive: jax.Array, numbers: Numbers, noise: jax.Array, dtype: jnp.dtype
+) -> jax.Array:
+    """Codes of what noise is added to below the last bit that stays; without signs, 0 of 0 alone.
 
     The last operation is on two arrays: what a loop makes of one, XLA:CPU computes again where it
     is used.
     """
     first, cut = numbers
-    bits = _bits(abs(a))
-    codes = (bits - first + noise) >> cut
+    codes = (_bits(abs(a)) - first + noise) >> cut
     if dtype == jnp.int8:
         smallest = _float(first + (1 << cut))
         some = noise.astype(jnp.float32) * (smallest / (1 << cut)) < abs(a)
         codes = jnp.where(abs(a) < smallest, some, jnp.minimum(codes, 127)).astype(dtype)
         return jnp.where(a < 0, -codes, codes)
-    return lax.max(jnp.clip(codes, 0, 255).astype(dtype), jnp.minimum(bits, 1).astype(dtype))
+    return lax.max(jnp.clip(codes, 0, 255).astype(dtype), positive.astype(dtype))
 
 
 def _largest(codes: jax.Array) -> jax.Array:

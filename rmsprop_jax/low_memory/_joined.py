@@ -32,14 +32,23 @@ class EightBits(NamedTuple):
     def shared(self) -> Collection[str]:
         return ("scales",)
 
-    def slots(self) -> PyTree:
-        return self._slots(None)
+    def check(self, field: str) -> None:
+        leaves = jax.tree.leaves(self.codes)
+        wanted = jnp.dtype(jnp.uint8 if field == "nu" else jnp.int8)
+        for dtype in {leaf.dtype for leaf in leaves if _is_code(leaf)} - {wanted}:
+            raise TypeError(f"state.{field}.codes must be {wanted} or floating, got {dtype}")
+        found, shape = self.scales.dtype, jnp.shape(self.scales)
+        if found != jnp.float32 or shape != (max(len(leaves), 1),):
+            raise TypeError(
+                f"state.{field}.scales must be float32, one for each of {len(leaves)} leaves, got "
+                f"{found}{[*shape]}"
+            )
 
     def slots_to_step(self) -> PyTree:
         leaves = jax.tree.leaves(self.codes)
-        return self._slots(powers_of(leaves, self.scales) if any(map(_is_code, leaves)) else None)
+        return self.slots(powers_of(leaves, self.scales) if any(map(_is_code, leaves)) else None)
 
-    def _slots(self, powers: jax.Array | None) -> PyTree:
+    def slots(self, powers: jax.Array | None = None) -> PyTree:
         structure: Any
         leaves, structure = jax.tree.flatten(self.codes)
         return structure.unflatten(

@@ -18,7 +18,8 @@ AxisName = str | tuple[str, ...]
 
 def random_key(seed: int, axis_name: AxisName | None, draw: Draw) -> jax.Array:
     """A number for one slot of one leaf in one step; for each shard of a mapped axis, if named."""
-    words = [_word(seed), draw.leaf, draw.step.astype(jnp.uint32), np.uint32(draw.slot)]
+    whole = np.uint32(zlib.crc32(str(seed).encode()))  # of any size
+    words = [whole, draw.leaf, draw.step.astype(jnp.uint32), np.uint32(draw.slot)]
     if axis_name is not None:
         words.append(lax.axis_index(axis_name).astype(jnp.uint32))
     mixed = jnp.uint32(0)
@@ -27,11 +28,14 @@ def random_key(seed: int, axis_name: AxisName | None, draw: Draw) -> jax.Array:
     return mixed
 
 
-def random_bits(key: jax.Array, shape: tuple[int, ...], count: int | jax.Array) -> jax.Array:
-    """Uniform integers of so many bits, 0 to 2^count - 1, as an int32 array of a shape."""
+def random_bits(key: jax.Array, like: jax.Array, count: int | jax.Array) -> jax.Array:
+    """Uniform integers of so many bits, 0 to 2^count - 1, as an int32 array placed like another."""
     place = jnp.zeros((), jnp.uint32)
-    for axis, stride in enumerate(_strides(shape)):
-        place = place + lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(stride)
+    shape, sharding = like.shape, jax.typeof(like).sharding
+    for axis in range(len(shape)):
+        stride = math.prod(shape[axis + 1 :]) % 2**32  # from one to its neighbour, in memory
+        number = lax.broadcasted_iota(jnp.uint32, shape, axis, out_sharding=sharding)
+        place = place + number * np.uint32(stride)
     return (_mix(place ^ key) >> jnp.uint32(32 - count)).astype(jnp.int32)
 
 
@@ -43,13 +47,3 @@ def _mix(x: jax.Array) -> jax.Array:
     """
     x = (x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D)
     return (x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B)
-
-
-def _word(seed: int) -> np.uint32:
-    """A number of any size in 32 bits."""
-    return np.uint32(zlib.crc32(str(seed).encode()))
-
-
-def _strides(shape: tuple[int, ...]) -> list[int]:
-    """The distance in memory of neighbours along each axis, modulo 2^32."""
-    return [math.prod(shape[axis + 1 :]) % 2**32 for axis in range(len(shape))]

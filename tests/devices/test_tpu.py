@@ -94,18 +94,24 @@ def temporary(program):
     return program.memory_analysis().temp_size_in_bytes / LEAF
 
 
+# Three leaves, on one chip or each split over eight in one of two ways.
+SPECS = {"a": P("x"), "b": P(None, "x"), "c": P("x")}
+MESHES = [(1, AxisType.Auto), (N, AxisType.Auto), (N, AxisType.Explicit)]
+
+
+@pytest.mark.parametrize(("chips", "axis_type"), MESHES, ids=lambda v: getattr(v, "name", str(v)))
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("storage", STORAGES)
-def test_the_update_of_a_sharded_state(devices, storage, form):
-    """Hardly any memory but that of its arguments; in 8 bits devices agree on the largest codes.
+def test_an_update_needs_no_memory_to_speak_of(devices, storage, form, chips, axis_type):
+    """Beside that of its arguments; in 8 bits the chips agree on the largest codes.
 
     That takes one all-reduce for all second moments, and two for momentum, which has signs.
     """
-    mesh = Mesh(devices, ("x",), axis_types=(AxisType.Auto,))
+    mesh = Mesh(devices[:chips], ("x",), axis_types=(axis_type,))
     tx = rmsprop(0.1, **FORMS[form], storage=STORAGES[storage])
-    params = {"a": W, "b": W}
-    w = jax.tree.map(lambda leaf: structs(leaf, NamedSharding(mesh, P("x"))), params)
-    placed = sharding.state_sharding(tx, w, NamedSharding(mesh, P("x")))
+    params = dict.fromkeys(SPECS, W)
+    places = {name: NamedSharding(mesh, spec) for name, spec in SPECS.items()}
+    w, placed = structs(params, places), sharding.state_sharding(tx, params, places)
     state = structs(jax.eval_shape(tx.init, params), placed)
 
     def update(grads, state, w):
@@ -113,9 +119,15 @@ def test_the_update_of_a_sharded_state(devices, storage, form):
         return optax.apply_updates(w, updates), state
 
     program = jax.jit(update, donate_argnums=(1, 2)).lower(w, state, w).compile()
-    wanted = {"all-reduce": 3 if "momentum" in FORMS[form] else 1} if storage == "q8" else {}
+    wanted = {}
+    if storage == "q8" and chips > 1:
+        wanted["all-reduce"] = 3 if "momentum" in FORMS[form] else 1
     assert collectives(program) == wanted
-    assert temporary(program) <= (0.02 if storage == "q8" else 0)
+    # In one program XLA copies the codes of one leaf.
+    copied = 1 / len(SPECS) if (storage, form, chips) == ("q8", "plain", 1) else 0
+    most = {"float32": 0, "bfloat16": 0.015, "q8": 0.17}[storage] + copied  # bytes a number
+    numbers = len(SPECS) * SHAPE[0] * SHAPE[1] / chips
+    assert program.memory_analysis().temp_size_in_bytes <= most * numbers
 
 
 # XLA pipes the gradients' reduction into the product they come from, from device to device.

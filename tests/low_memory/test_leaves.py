@@ -194,7 +194,7 @@ def test_bytes_a_parameter(subtests):
 
     In 8 bits XLA:CPU makes a copy of the second moments' codes.
     """
-    shape = (1024, 1024)
+    shape = (1024, 2048)
     size = math.prod(shape)
     for name, form in TRACED.items():
         for storage, tx in {

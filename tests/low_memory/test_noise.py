@@ -10,18 +10,29 @@ import pytest
 from rmsprop_jax import low_memory, rmsprop
 from small_states import STORAGES, last, row, table, values
 
+# Of second moments under normal gradients: in root mean square over columns.
+DEVIATIONS = {
+    "q8": {0.5: 0.096, 0.9: 0.160, 0.99: 0.285, 0.999: 0.307},
+    "bfloat16": {0.5: 0.0031, 0.9: 0.0057, 0.99: 0.0172, 0.999: 0.0388},
+}
+
 
 def test_a_second_moment_is_unbiased_and_its_noise_bounded(subtests):
     """The mean of all within 4 standard errors, each of 128 of 512 trials within 5, and their
-    deviation within 4 of its own."""
+    deviation within 4 of its own of the bound, and in the mean within 5% of what was measured.
+
+    The bound: a step that adds a share r of a number, to be rounded to multiples of a share d, has
+    the variance r d at most; the decay of 1 - r leaves (1 - r)^2 of that in each later step, and
+    d / 2 in all. In 8 bits that is 1/8 at most, and in 16 bits 1/256.
+    """
     grads = row(2000)
 
     def make(decay):
         return [rmsprop(0.1, decay, storage=storage) for storage in (None, *STORAGES.values())]
 
-    for decay in (0.5, 0.9, 0.99, 0.999):
+    for decay in DEVIATIONS["q8"]:
         plain, *states = last(make, grads, table(512), decay)
-        for name, most, state in zip(STORAGES, (0.35, 0.0625), states, strict=True):
+        for name, most, state in zip(STORAGES, (8**-0.5, 256**-0.5), states, strict=True):
             with subtests.test(storage=name, decay=decay):
                 ratio = values(state.nu) / values(plain.nu)
                 deviation = ratio.std(axis=0, ddof=1)
@@ -29,8 +40,63 @@ def test_a_second_moment_is_unbiased_and_its_noise_bounded(subtests):
                 assert abs(ratio.mean() - 1) < 4 * np.sqrt(np.mean(error**2) / 128) + 1e-5
                 assert np.all(abs(ratio.mean(axis=0) - 1) < 5 * error + 1e-5)
                 assert np.all(deviation < most * (1 + 4 / math.sqrt(2 * 512)))
-                if decay == 0.999:  # a bound that nothing comes near would say little
-                    assert np.median(deviation) > 0.6 * most / math.sqrt(2)
+                found = np.sqrt(np.mean(deviation**2))
+                np.testing.assert_allclose(found, DEVIATIONS[name][decay], rtol=0.05)
+
+
+def test_a_second_moment_under_gradients_of_one_size():
+    """Where q8's noise is largest: .31 at decay .999, near its bound."""
+
+    def make():
+        return [rmsprop(0.1, 0.999, storage=storage) for storage in (None, low_memory.q8())]
+
+    grads = np.abs(row(1)).repeat(4000, axis=0)
+    plain, state = (values(state.nu) for state in last(make, grads, table(512)))
+    ratio = state / plain
+    deviation = ratio.std(axis=0, ddof=1)
+    assert np.all(deviation < 8**-0.5 * (1 + 4 / math.sqrt(2 * 512)))
+    np.testing.assert_allclose(np.sqrt(np.mean(deviation**2)), 0.31, rtol=0.03)
+    assert abs(ratio.mean() - 1) < 4 * 0.31 / math.sqrt(ratio.size)
+
+
+def test_in_bfloat16_the_noise_of_an_idle_average_grows(subtests):
+    """Every step rounds, and none makes up for it: deviations of .06 sqrt(1 + 2t) at most.
+
+    There t = n (1 - decay) for n steps: the average itself is e^-t of what it was. Its mean is
+    right, and the deviation is .22 at decay .999 after 10,000 steps; in 8 bits nothing is rounded.
+    """
+
+    @jax.jit
+    def run(grads, decay, steps):
+        txs = [rmsprop(0.1, decay, storage=storage) for storage in STORAGES.values()]
+        x = table(256)
+
+        def step(states, g):
+            g = jnp.broadcast_to(g, x.shape)
+            return [tx.update(g, s)[1] for tx, s in zip(txs, states, strict=True)], None
+
+        busy, _ = jax.lax.scan(step, [tx.init(x) for tx in txs], grads)
+        idle = jax.lax.fori_loop(0, steps, lambda _, s: step(s, jnp.zeros((1, 128)))[0], busy)
+        return [state.nu for state in (*busy, *idle)]
+
+    for decay, t, want in (
+        (0.9, 10, 0.024),
+        (0.99, 1, 0.030),
+        (0.99, 10, 0.082),
+        (0.999, 1, 0.081),
+        (0.999, 10, 0.222),
+    ):
+        with subtests.test(decay=decay, t=t):
+            steps = round(t / (1 - decay))
+            exact, busy, same, idle = map(values, run(row(2000), np.float32(decay), steps))
+            fallen = np.float64(np.float32(decay)) ** steps
+            np.testing.assert_allclose(same, exact * fallen, rtol=1e-5 * max(1, steps / 2000))
+            ratio = idle / (busy.mean(axis=0) * fallen)
+            deviation = ratio.std(axis=0, ddof=1)
+            assert abs(ratio.mean() - 1) < 5 * want / math.sqrt(ratio.size)
+            most = 0.06 * math.sqrt(1 + 2 * t)
+            assert np.all(deviation < most * (1 + 4 / math.sqrt(2 * 256)))
+            np.testing.assert_allclose(np.sqrt(np.mean(deviation**2)), want, rtol=0.06)
 
 
 def seeds_of_q8(count):
@@ -61,7 +127,8 @@ def test_over_a_few_seeds():
 
 
 def test_the_noise_of_an_update(subtests):
-    """At most 18% in root mean square, and the mean 5.5% longer."""
+    """7% in root mean square at decay .9, 14% at .99, 15% at .999; and longer by 3/8 of the
+    variance of a second moment, as the mean of its -1/2 power is."""
 
     @jax.jit
     def errors(grads, decay):
@@ -78,11 +145,17 @@ def test_the_noise_of_an_update(subtests):
 
         return jax.lax.scan(step, (small.init(x), plain.init(x)), grads)[1]
 
-    for decay, noise, longer in ((0.9, 0.09, 0.012), (0.99, 0.15, 0.04), (0.999, 0.18, 0.055)):
+    for decay, noise, longer in (
+        (0.9, 0.073, 0.008),
+        (0.99, 0.140, 0.0285),
+        (0.999, 0.154, 0.034),
+    ):
         with subtests.test(decay=decay):
             mean, square = (np.mean(np.float64(a[-500:])) for a in errors(row(2000), decay))
-            assert math.sqrt(square - mean**2) < noise
-            assert 0 < mean < longer
+            np.testing.assert_allclose(math.sqrt(square - mean**2), noise, rtol=0.03)
+            np.testing.assert_allclose(mean, longer, rtol=0.06)
+            second_order = 3 / 8 * DEVIATIONS["q8"][decay] ** 2
+            np.testing.assert_allclose(mean, second_order, rtol=0.2)
 
 
 def test_where_no_gradient_arrives_the_noise_of_bfloat16_grows_with_the_root_of_time(subtests):
@@ -112,22 +185,25 @@ def test_where_no_gradient_arrives_the_noise_of_bfloat16_grows_with_the_root_of_
 
 
 def test_the_noise_of_momentum(subtests):
-    """Of its root mean square; and its mean is right. With decay 0 each step is a sign."""
+    """9% of its root mean square at .9, 28% at .99, 100% at .999; in bfloat16 a sixteenth to a
+    twentieth of that. Its mean is right. With decay 0 each step is a sign."""
 
     def make(momentum):
         return [
             rmsprop(0.1, 0.0, 1e-30, momentum=momentum, storage=storage)
-            for storage in (low_memory.q8(), None)
+            for storage in (None, *STORAGES.values())
         ]
 
-    for momentum, noise in ((0.9, 0.12), (0.99, 0.3), (0.999, 1.2)):
-        with subtests.test(momentum=momentum):
-            small, plain = last(make, row(1000), table(512), momentum)
-            error = values(small.trace) - values(plain.trace)
-            deviation = error.std(axis=0, ddof=1)
-            assert np.all(abs(error.mean(axis=0)) < 4.5 * deviation / math.sqrt(512))
-            size = np.sqrt(np.mean(values(plain.trace) ** 2))
-            assert noise / 3 < np.sqrt(np.mean(error**2)) / size < noise
+    for momentum, *noises in ((0.9, 0.085, 0.0055), (0.99, 0.275, 0.0175), (0.999, 1.03, 0.0515)):
+        plain, *states = last(make, row(3000), table(256), momentum)
+        want = values(plain.trace)
+        for name, state, noise in zip(STORAGES, states, noises, strict=True):
+            with subtests.test(storage=name, momentum=momentum):
+                error = values(state.trace) - want
+                deviation = error.std(axis=0, ddof=1)
+                assert np.all(abs(error.mean(axis=0)) < 4.5 * deviation / math.sqrt(256))
+                size = np.sqrt(np.mean(want**2))
+                np.testing.assert_allclose(np.sqrt(np.mean(error**2)) / size, noise, rtol=0.1)
 
 
 def test_momentum_at_its_limits(subtests):

@@ -1,8 +1,10 @@
 """States of few bits on many devices: placed like the parameters, with the same bits as on one."""
 
+import collections
 import contextlib
 import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +25,8 @@ STORAGES = {
 # The shape, dtype and shards of each leaf, on a mesh of 4 x 2; "small" is held in float32.
 LEAVES = {
     "vector": ((256,), "float32", P("x")),
-    "rows": ((8, 48), "float32", P("x")),
+    "rows": ((8, 53), "float32", P("x")),  # a prime axis, which no block divides
+    "one column": ((256, 1), "float32", P("x")),
     "columns": ((3, 128), "bfloat16", P(None, "x")),
     "both": ((2, 4, 64), "float32", P(None, "y", "x")),
     "replicated": ((4, 34), "float32", P()),
@@ -175,7 +178,7 @@ def test_every_array_but_the_scales_can_be_given_the_sharding_of_its_parameter(a
     state = jax.device_put(host, places)
     update = jax.jit(EACH_CENTERED.update, out_shardings=(dict.fromkeys(STORAGES, wanted), places))
     program = update.lower(grads, state).compile()
-    assert set(collectives(program)) == {"all-reduce"}  # of the largest codes
+    assert set(reductions(program)) == {"u8", "s8"}  # of the largest codes
     born = wait(jax.jit(EACH_CENTERED.init, out_shardings=places))(params)
     for way, start in (("device_put", state), ("jit", born)):
         _, new = wait(program)(grads, start)
@@ -209,6 +212,15 @@ def unsharded(names):
     return states
 
 
+def reductions(program):
+    """How many scalars of each dtype are all-reduced; it has no other communication."""
+    assert set(collectives(program)) <= {"all-reduce"}
+    results = re.findall(r"= (.*?) all-reduce(?:-start)?\(", program.as_text())
+    arrays = re.findall(r"(\w+)\[([\d,]*)\]", " ".join(results))
+    assert all(dimensions == "" for _, dimensions in arrays)
+    return collections.Counter(dtype for dtype, _ in arrays)
+
+
 @modes(
     ("axis_type", "use_set_mesh", "names"),
     [
@@ -222,7 +234,8 @@ def test_a_sharded_state_has_the_bits_of_one_on_one_device(
 ):
     """It stays in its place, and its program does not change.
 
-    In 8 bits the devices agree on the largest code of each leaf that is split, and of each field.
+    In 8 bits the devices agree on the largest code of each leaf that is split: a number for a
+    second moment, and for momentum, which has signs, two; along each axis of the mesh.
 
     A compiled init and an eager one start the same program: count alone can be elsewhere at first.
     """
@@ -237,16 +250,17 @@ def test_a_sharded_state_has_the_bits_of_one_on_one_device(
                 grads = jax.device_put(values(t), shardings(mesh))
                 if program is None:
                     program = jax.jit(tx.update).lower(grads, state, params).compile()
-                    split = sum(len(spec) > 0 for name, (*_, spec) in LEAVES.items())
-                    fields = sum(
-                        1 + ("momentum" in FORMS[name.removeprefix("q8, ")])
-                        for name in names
-                        if name.startswith("q8")
-                    )
-                    small = 1  # of the split leaves one is held in float32
-                    found = collectives(program)  # before XLA joins those of other backends
-                    assert set(found) == {"all-reduce"}
-                    assert found["all-reduce"] <= fields * (split - small)
+                    specs = [spec for name, (*_, spec) in LEAVES.items() if name != "small"]
+                    split = sum(axis is not None for spec in specs for axis in spec)
+                    forms = [FORMS[n.removeprefix("q8, ")] for n in names if n.startswith("q8")]
+                    traces = sum("momentum" in form for form in forms)
+                    assert reductions(program) == {
+                        "u8": split * len(forms),
+                        "s8": 2 * split * traces,
+                    }
+                    for shape, _, spec in LEAVES.values():  # nor are bits drawn for whole leaves
+                        whole = f"u32[{','.join(map(str, shape))}]"
+                        assert whole not in program.as_text() or not any(spec)
                 # It refuses arguments that are placed otherwise than those it was compiled for.
                 updates, state = wait(program)(grads, state, params)
                 for name in names:

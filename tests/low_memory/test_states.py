@@ -17,7 +17,7 @@ each_storage = pytest.mark.parametrize("storage", SMALL.values(), ids=SMALL)
 
 
 def cast(tree, dtype):
-    return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf).astype(dtype)), tree)
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(dtype), tree)
 
 
 def assert_refused(tx, state, error, message):
@@ -59,16 +59,38 @@ def test_a_state_whose_floats_were_cast_to_bfloat16_is_refused_or_goes_on(storag
         assert types(new) == types(half)
 
 
-@pytest.mark.parametrize("part", ["codes", "scales"])
-def test_codes_of_which_a_part_was_cast_are_refused(part):
+def codes_as(field, dtype, names="wb"):
+    return field._replace(codes=field.codes | {n: cast(field.codes[n], dtype) for n in names})
+
+
+def test_codes_and_scales_of_other_dtypes_and_shapes_are_refused(subtests):
+    """Codes of the other field, too: they stand for other numbers."""
     tx = rmsprop(0.1, **FULL, storage=SMALL["q8"])
     state = trained(SMALL["q8"])
-    for field in ("nu", "trace"):
+    for field, own, other in (("nu", "uint8", "int8"), ("trace", "int8", "uint8")):
         held = getattr(state, field)
-        broken = held._replace(**{part: cast(getattr(held, part), "float16")})
-        assert_refused(
-            tx, state._replace(**{field: broken}), (TypeError, AssertionError), "float16"
-        )
+        codes = rf"state\.{field}\.codes must be {own} or floating, got "
+        scales = rf"state\.{field}\.scales must be float32, one for each of 3 leaves, got "
+        floating = rf"leaves '[bw]': gradient float32.*{field} float16"
+        for what, broken, error, message in (
+            ("all codes", codes_as(held, other), TypeError, codes + other),
+            ("one code", codes_as(held, other, "b"), TypeError, codes + other),
+            ("int32", codes_as(held, "int32"), TypeError, codes + "int32"),
+            ("bool", codes_as(held, "bool", "w"), TypeError, codes + "bool"),
+            ("float16", codes_as(held, "float16"), AssertionError, floating),
+            *(
+                (dtype, held._replace(scales=cast(held.scales, dtype)), TypeError, scales + dtype)
+                for dtype in ("float16", "bfloat16", "int32", "uint8")
+            ),
+            *(
+                (shape, held._replace(scales=jnp.ones(shape)), TypeError, scales)
+                for shape in ((), (1,), (2,), (4,), (1, 3))
+            ),
+        ):
+            with subtests.test(what=what, field=field):
+                assert_refused(tx, state._replace(**{field: broken}), error, message)
+    swapped = state._replace(nu=state.trace, trace=state.nu)
+    assert_refused(tx, swapped, TypeError, r"state\.nu\.codes must be uint8 or floating, got int8")
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "int8"])

@@ -21,7 +21,7 @@ from helpers import (
 from rmsprop_jax import low_memory, rmsprop, sharding
 from sharded_params import PARAMS, RMS, where
 
-STORAGES = {"float32": None, "bfloat16": low_memory.bfloat16(), "q8": low_memory.q8(1, 0)}
+STORAGES = {"float32": None, "bfloat16": low_memory.bfloat16(), "q8": low_memory.q8(min_size=0)}
 SPLIT = {
     "kernel": ((16, 24), P("x")),
     "conv": ((3, 5, 8), P(None, None, "x")),

@@ -1,5 +1,6 @@
 """Where state_sharding says that the arrays of a state belong, through wrappers."""
 
+import functools
 from typing import Any, NamedTuple
 
 from flax import linen as nn
@@ -57,7 +58,7 @@ def test_hyperparameters_are_everywhere():
     assert set(wanted.hyperparams.values()) == {ALL}
 
 
-@pytest.mark.parametrize("storage", [None, low_memory.q8(1, 0)], ids=str)
+@pytest.mark.parametrize("storage", [None, low_memory.q8(min_size=0)], ids=str)
 def test_a_tree_that_is_one_leaf(storage):
     place, everywhere = NamedSharding(MESH, P("x")), ALL
     tx = optax.chain(rmsprop(0.1, storage=storage), optax.add_noise(0.1, 0.5, 0))
@@ -126,6 +127,63 @@ def test_a_state_goes_on_on_more_devices(way, on_disk, tmp_path):
         np.testing.assert_allclose(a, b, 1e-6)
 
 
+SMALL = {
+    "q8": rmsprop(0.1, storage=low_memory.q8(min_size=0)),
+    "q8, momentum": rmsprop(0.1, momentum=0.9, storage=low_memory.q8(min_size=0)),
+    "bfloat16": rmsprop(0.1, storage=low_memory.bfloat16()),
+}
+
+
+def integers(array):
+    """Numbers of which neighbours differ by 1."""
+    return np.int32(array.view(np.int16) if array.dtype == jnp.bfloat16 else array)
+
+
+@pytest.mark.parametrize(("before", "after"), [(8, 4), (4, 8)])
+def test_small_states_of_zero1_go_on_in_zero1_mapped_on_other_devices(before, after, subtests):
+    """As on one device, but for the bits of the rounding: a number takes one of two neighbours.
+
+    The scales are the same; and so is an update in 8 bits without momentum, before it is rounded.
+    """
+    one, params = side_by_side(SMALL), dict.fromkeys(SMALL, PARAMS)
+    grads = jax.tree.map(np.cos, params)
+    want = jax.jit(one.init)(params)
+    for _ in range(2):
+        _, want = jax.jit(one.update)(grads, want)
+
+    mesh = mesh_of(before)
+    tx = side_by_side({name: sharding.zero1(tx, mesh, "x") for name, tx in SMALL.items()})
+    g = jax.device_put(grads, NamedSharding(mesh, P()))
+    state, step = wait(jax.jit(tx.init))(g), wait(jax.jit(tx.update))
+    for _ in range(2):
+        _, state = step(g, state)
+    assert_same(jax.device_get(state), jax.device_get(want))
+
+    mesh = mesh_of(after)
+    everywhere = NamedSharding(mesh, P())
+    txs = {name: sharding.zero1_mapped(tx, "x") for name, tx in SMALL.items()}
+    placed = {name: sharding.state_sharding(tx, PARAMS, everywhere) for name, tx in txs.items()}
+    specs = jax.tree.map(lambda place: place.spec, placed)
+    step = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)(
+        side_by_side(txs).update, in_specs=(P(), specs), out_specs=(P(), specs)
+    )
+    g, state = jax.device_put((grads, jax.device_get(state)), (everywhere, placed))
+    updates, state = wait(jax.jit(step))(g, state)
+    assert_placed(state, placed)
+    wanted, want = jax.jit(one.update)(grads, want)
+    for name, rounded in (("q8", 1e-6), ("q8, momentum", 2**-3), ("bfloat16", 2**-7)):
+        with subtests.test(name):
+            for a, b in zip(*map(jax.tree.leaves, (updates[name], wanted[name])), strict=True):
+                np.testing.assert_allclose(a, b, rounded)
+            arrays = map(jax.tree.leaves, jax.device_get((state[name], want[name])))
+            for a, b in zip(*arrays, strict=True):
+                assert a.dtype == b.dtype
+                if a.dtype == np.float32:  # scales, and what is never in few bits
+                    np.testing.assert_allclose(a, b, 1e-6)
+                else:
+                    assert np.max(abs(integers(a) - integers(b))) <= 1
+
+
 def test_nothing_is_compiled_to_know_where_a_state_belongs():
     """So it can be asked of parameters that fit on no device."""
     huge = {"w": jax.ShapeDtypeStruct((1 << 20, 1 << 20), jnp.float32)}
@@ -148,7 +206,7 @@ class Fields(NamedTuple):
     w: Any
 
 
-@pytest.mark.parametrize("storage", [None, low_memory.q8(1, 0)], ids=str)
+@pytest.mark.parametrize("storage", [None, low_memory.q8(min_size=0)], ids=str)
 def test_parameters_named_like_fields_of_the_state(storage):
     params = Fields({"w": jnp.ones((8, 8))}, jnp.ones(()), jnp.ones((8, 8)))
     where = Fields(

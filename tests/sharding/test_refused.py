@@ -132,7 +132,7 @@ def test_refused(call, error, message):
 
 def test_codes_are_split_as_their_parameters_are():
     params = {"w": jnp.ones((8, 40)), "v": jnp.ones((2, 40)), "u": jnp.ones((2, 41))}
-    tx = rmsprop(0.1, storage=low_memory.q8(0))
+    tx = rmsprop(0.1, storage=low_memory.q8(min_size=0))
     with pytest.raises(ValueError, match=r"'u' has the shape \(2, 41\), which .* does not divide"):
         sharding.state_sharding(tx, params, NamedSharding(MESH, P(None, "x")))
     tx = sharding.zero1(tx, MESH, "x")

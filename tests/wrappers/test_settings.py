@@ -77,8 +77,8 @@ def test_strict_settings(setting, jit, subtests):
 def test_checkify_with_checks_of_what_is_traced(subtests):
     """It finds nothing in an update, nor in its derivative. Running it takes long to compile.
 
-    Small state is traced without JAX's own checks: under these checkify refuses every custom_jvp,
-    for the names of its arguments.
+    Small state is traced without JAX's own checks: with them checkify fails on every custom_jvp, by
+    an assertion of JAX's about the names of its arguments.
     """
     grads = {"single": np.full(33, 1e-3, np.float32)}  # traced nowhere else, so checked here
 
