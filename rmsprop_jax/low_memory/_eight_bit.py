@@ -120,13 +120,9 @@ def eight_bit_like(param: jax.Array, value: Scalar, *, signed: bool) -> EightBit
 @jax.jit
 def powers_of(codes: Sequence[jax.Array], scales: jax.Array) -> jax.Array:
     """For each leaf, the largest power of two in its numbers; 0 of zeros, and of no codes."""
-    are_codes = [code.dtype.name in _FORMATS for code in codes]
-    largest = [
-        _largest(code) if is_code else jnp.int32(0)
-        for code, is_code in zip(codes, are_codes, strict=True)
-    ]
-    numbers = _numbers(codes[are_codes.index(True)].dtype, scales)
-    return _power(_decoded(max_over_mapped(jnp.stack(largest)), numbers))
+    (dtype,) = {code.dtype for code in codes if code.dtype.name in _FORMATS}
+    most = jnp.stack([_largest(code) if code.dtype == dtype else jnp.int32(0) for code in codes])
+    return _power(_decoded(max_over_mapped(most), _numbers(dtype, scales)))
 
 
 def accumulate_eight_bit(
