@@ -58,6 +58,15 @@ def number(
     return float(value)
 
 
+def integer(name: str, value: Any, low: int | None = None) -> int:
+    """value, which must be an integer, of any size from low on."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if low is not None and value < low:
+        raise ValueError(f"{name} must be at least {low}, got {value!r}")
+    return int(value)
+
+
 def flag(name: str, value: Any) -> bool:
     """value, which must be a Python or NumPy bool: the structure of the rule depends on it."""
     if not isinstance(value, bool | np.bool_):

@@ -23,7 +23,8 @@ def describe(tx: optax.GradientTransformation, params: optax.Params | None = Non
     Returns:
       A line for each equation, in the order in which they act, then the start value and the
       hyperparameters. One such paragraph for each different RMSProp that is found; what else is in
-      a chain with it is counted, not told. What a wrapper does is not told.
+      a chain with it is counted, not told. Nor is what a wrapper does, but for
+      :func:`rmsprop_jax.low_memory.master_weights`, whose bits are told.
 
     Raises:
       TypeError: if there is none.
@@ -56,7 +57,10 @@ def describe(tx: optax.GradientTransformation, params: optax.Params | None = Non
     def init(params: optax.Params) -> optax.OptState:
         with reports() as found:
             state = tx.init(params)
-        others = dict(_others(state))
+        words = {
+            id(made): f"\n{part.in_words()}" for part, made in found if hasattr(part, "in_words")
+        }
+        others = dict(_others(words, state))
         for part, made in found:
             if isinstance(part, Rule):
                 report(_Told(part, others.get(id(made), "")))
@@ -78,27 +82,33 @@ class _Told(NamedTuple):
     others: str
 
 
-def _others(state: Any, before: int = 0, after: int = 0) -> Iterator[tuple[int, str]]:
-    """The id of each of our states in another, and how many other links its chain has, in words."""
+def _others(
+    words: dict[int, str], state: Any, before: int = 0, after: int = 0
+) -> Iterator[tuple[int, str]]:
+    """The id of each of our states in another, and what is around it.
+
+    That is what wrappers have in words, by the ids of their states, and how many other links its
+    chain has.
+    """
     if is_ours(state):
         counts = [(n, where) for n, where in ((before, "before"), (after, "after")) if n]
-        words = [f"{n} other transformation{'s' * (n > 1)} {where} it" for n, where in counts]
-        if words:
-            yield id(state), f"\nand {' and '.join(words)}, not described"
+        links = [f"{n} other transformation{'s' * (n > 1)} {where} it" for n, where in counts]
+        yield id(state), f"\nand {' and '.join(links)}, not described" if links else ""
     elif isinstance(state, optax.transforms.PartitionState):  # of links side by side
         for link in state.inner_states.values():
-            yield from _others(link, before, after)
+            yield from _others(words, link, before, after)
     elif type(state) is tuple or isinstance(state, dict):  # of optax.chain and optax.named_chain
-        links = list(state.values() if isinstance(state, dict) else state)
-        ours = [any(map(is_ours, jax.tree.leaves(link, is_leaf=is_ours))) for link in links]
-        for i, link in enumerate(links):
+        all_links = list(state.values() if isinstance(state, dict) else state)
+        ours = [any(map(is_ours, jax.tree.leaves(link, is_leaf=is_ours))) for link in all_links]
+        for i, link in enumerate(all_links):
             yield from _others(
-                link, before + ours[:i].count(False), after + ours[i + 1 :].count(False)
+                words, link, before + ours[:i].count(False), after + ours[i + 1 :].count(False)
             )
     else:
         for part in jax.tree.leaves(state, is_leaf=lambda node: node is not state):
             if part is not state:
-                yield from _others(part, before, after)
+                for held, around in _others(words, part, before, after):
+                    yield held, words.get(id(state), "") + around
 
 
 def _paragraph(rule: Rule) -> str:

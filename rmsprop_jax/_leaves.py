@@ -2,10 +2,12 @@
 
 import functools
 from typing import Any, NamedTuple
+import zlib
 
 import jax
 import jax.numpy as jnp
 from jax.tree_util import KeyPath
+import numpy as np
 
 _WRAPPED = jax.tree_util.GetAttrKey("value")
 
@@ -18,6 +20,20 @@ def leaf_name(path: KeyPath) -> str:
     if path and path[-1] == _WRAPPED:
         path = path[:-1]
     return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+@functools.lru_cache
+def leaf_numbers(structure: jax.tree_util.PyTreeDef) -> list[np.uint32]:
+    """A number for each leaf, which depends only on its path."""
+    leaves = structure.unflatten(range(structure.num_leaves))
+    paths, _ = jax.tree_util.tree_flatten_with_path(leaves)
+    names: dict[str, None] = {}
+    for path, _ in paths:
+        name = leaf_name(path)
+        while name in names:  # as of {"a/b": x, "a": {"b": y}}
+            name += "/"
+        names[name] = None
+    return [np.uint32(zlib.crc32(name.encode())) for name in names]
 
 
 class LeafType(NamedTuple):

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 import contextlib
 import functools
 from typing import Any, NamedTuple
-import zlib
 
 import jax
 from jax import export
@@ -15,7 +14,7 @@ import optax
 
 from rmsprop_jax import _checks, _equations, _gradients
 from rmsprop_jax._asking import Part, ask
-from rmsprop_jax._leaves import leaf_name
+from rmsprop_jax._leaves import leaf_name, leaf_numbers
 from rmsprop_jax._schedule import real
 from rmsprop_jax._storage import Slot, is_packed, slots_of, slots_to_step, with_slots
 from rmsprop_jax._types import PyTree, Scalar
@@ -124,7 +123,7 @@ class Rule(NamedTuple):
             if weight_sum is not None:
                 hyper, weight_sum = _equations.correct_bias(hyper, weight_sum, state.count)
             scalars_in = functools.cache(lambda real: _equations.scalars(hyper, variant, real))
-            numbers = _numbers(grads.structure) if storage.draws else nothing
+            numbers = leaf_numbers(grads.structure) if storage.draws else nothing
             steps, new = [], []
             for number, g, x, *slots in zip(numbers, grads.leaves, xs, *old, strict=True):
                 u, held = None, _equations.Slots(*slots)
@@ -158,20 +157,6 @@ class Rule(NamedTuple):
 
 
 _increment = jax.jit(optax.safe_increment)
-
-
-@functools.lru_cache
-def _numbers(structure: jax.tree_util.PyTreeDef) -> list[np.uint32]:
-    """A number for each leaf, which depends only on its path."""
-    leaves = structure.unflatten(range(structure.num_leaves))
-    paths, _ = jax.tree_util.tree_flatten_with_path(leaves)
-    names: dict[str, None] = {}
-    for path, _ in paths:
-        name = leaf_name(path)
-        while name in names:  # as of {"a/b": x, "a": {"b": y}}
-            name += "/"
-        names[name] = None
-    return [np.uint32(zlib.crc32(name.encode())) for name in names]
 
 
 def _at(count: jax.Array, name: str, value: Any) -> Any:

@@ -50,6 +50,7 @@ WRAPPED = {
     "scaled": scale_by_rms,
     "bfloat16": lambda: RMS(storage=low_memory.bfloat16()),
     "q8": lambda: RMS(storage=low_memory.q8(min_size=0)),
+    "master weights": lambda: low_memory.master_weights(RMS(storage=low_memory.q8(min_size=0))),
     "chain": lambda: optax.chain(optax.clip_by_global_norm(1.0), RMS(), optax.trace(0.9)),
     "named chain": lambda: optax.named_chain(("rms", RMS()), ("ema", optax.ema(0.9))),
     "masked": lambda: optax.masked(RMS(), matrices),

@@ -1,4 +1,4 @@
-"""Small state: how the slots of RMSProp are held in 8 or 16 bits a number.
+"""Small state: how the slots of RMSProp are held in 8 or 16 bits a number, and parameters in 16.
 
     tx = rmsprop(1e-3, storage=low_memory.q8())
 
@@ -25,8 +25,17 @@ has to take part in every step. There the place in a leaf is that in its shard: 
 and shards round by the same bits, which does no harm to any of them. To make them independent name
 the mapped axes, ``q8(axis_name="data")``; not where a leaf is replicated over them, whose copies
 would part.
+
+Parameters in bfloat16 hardly move by themselves. With :func:`master_weights` they train like
+float32, in 1 byte more, 2, or none:
+
+    tx = low_memory.master_weights(rmsprop(1e-3, storage=low_memory.q8()))
+
+:func:`join_weights` gives them in float32, and :func:`split_weights` takes them back.
 """
 
+from rmsprop_jax.low_memory._join_weights import join_weights, split_weights
+from rmsprop_jax.low_memory._master_weights import master_weights
 from rmsprop_jax.low_memory._storages import bfloat16, q8
 
-__all__ = ["bfloat16", "q8"]
+__all__ = ["bfloat16", "join_weights", "master_weights", "q8", "split_weights"]

@@ -10,6 +10,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from rmsprop_jax import _checks
 from rmsprop_jax._arrays import by_parts, unfused
 from rmsprop_jax._storage import FLOAT32, Copies, Draw, Lazy, Slot, Storage, full_like, is_packed
 from rmsprop_jax._types import PyTree, Scalar
@@ -204,7 +205,7 @@ def q8(
     Sources: optimizer states in 8 bits under a shared scale, Dettmers et al., arXiv:2110.02861,
     2021; rounding at random, Gupta et al., arXiv:1502.02551, 2015. The code is our own.
     """
-    return Q8(min_size=_integer("min_size", min_size, 0), **_common(seed, exempt, axis_name))
+    return Q8(min_size=_checks.integer("min_size", min_size, 0), **_common(seed, exempt, axis_name))
 
 
 def bfloat16(
@@ -245,12 +246,4 @@ def _common(seed: Any, exempt: Any, axis_name: Any) -> dict[str, Any]:
     names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
     if axis_name is not None and not all(isinstance(name, str) for name in names):
         raise TypeError(f"axis_name must be a name or a tuple of names or None, got {axis_name!r}")
-    return {"seed": _integer("seed", seed), "exempt": exempt, "axis_name": axis_name}
-
-
-def _integer(name: str, value: Any, low: int | None = None) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if low is not None and value < low:
-        raise ValueError(f"{name} must be at least {low}, got {value!r}")
-    return int(value)
+    return {"seed": _checks.integer("seed", seed), "exempt": exempt, "axis_name": axis_name}

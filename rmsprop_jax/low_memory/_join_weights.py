@@ -1,0 +1,114 @@
+"""Master weights from parameters and their state, and back."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import KeyPath, tree_leaves_with_path, tree_map_with_path
+import optax
+
+from rmsprop_jax._leaves import leaf_name
+from rmsprop_jax.low_memory._master_weights import MasterWeightsState, is_bfloat16
+from rmsprop_jax.low_memory._parts import joined, parted
+
+
+def join_weights(params: optax.Params, state: optax.OptState) -> optax.Params:
+    """The master weights: for evaluation and checkpoints in float32.
+
+    Args:
+      params: tree of parameters.
+      state: of :func:`master_weights`, or of a transformation that has it in it.
+
+    Returns:
+      A tree like params, with float32 for each leaf of bfloat16, and the others as they are.
+
+    Raises:
+      ValueError: if state has no master weights, or those of other parameters.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> from rmsprop_jax import low_memory
+      >>> params, tx = jnp.ones((), "bfloat16"), low_memory.master_weights(optax.sgd(1.0))
+      >>> updates, state = tx.update(jnp.float32(0.001), tx.init(params), params)
+      >>> print(updates, low_memory.join_weights(params, state))  # too little for bfloat16
+      0.0 0.9989929
+    """
+    corrections = _corrections(state, params)
+    return tree_map_with_path(
+        lambda path, p: joined(p, corrections.get(leaf_name(path))) if is_bfloat16(p) else p,
+        params,
+    )
+
+
+def split_weights(
+    weights: optax.Params, params: optax.Params, state: optax.OptState
+) -> tuple[optax.Params, optax.OptState]:
+    """The parameters and the state of given master weights: :func:`join_weights` undone.
+
+    With 32 bits nothing is lost; with fewer, weights are rounded to the nearest.
+
+    Args:
+      weights: tree of master weights, as of a checkpoint in float32.
+      params: tree of parameters; only its structure, shapes and dtypes count.
+      state: of :func:`master_weights` for params, or of a transformation that has it in it.
+
+    Returns:
+      A tree like weights, with bfloat16 where params have it; and state with other corrections.
+
+    Raises:
+      ValueError: as :func:`join_weights`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from rmsprop_jax import low_memory, rmsprop
+      >>> tx, weights = low_memory.master_weights(rmsprop(1e-3)), jnp.float32(1.001)
+      >>> params = weights.astype("bfloat16")
+      >>> params, state = low_memory.split_weights(weights, params, tx.init(params))
+      >>> print(params, low_memory.join_weights(params, state))
+      1 1.0010071
+    """
+    corrections = _corrections(state, params)
+
+    def parts(path: KeyPath, weight: Any, param: Any) -> Any:
+        if not is_bfloat16(param):
+            return weight
+        name = leaf_name(path)
+        correction = corrections.get(name)
+        bits = 16 if correction is None else 16 + jnp.iinfo(correction.dtype).bits
+        weight, corrections[name] = parted(weight, bits)
+        return weight
+
+    def filled(node: Any) -> Any:
+        if not _is_state(node):
+            return node
+        return node._replace(
+            corrections=tree_map_with_path(
+                lambda path, _: corrections[leaf_name(path)], node.corrections
+            )
+        )
+
+    params = tree_map_with_path(parts, weights, params)
+    return params, jax.tree.map(filled, state, is_leaf=_is_state)
+
+
+def _is_state(node: Any) -> bool:
+    return isinstance(node, MasterWeightsState)
+
+
+def _corrections(state: optax.OptState, params: optax.Params) -> dict[str, jax.Array]:
+    """All that are in a state, by the paths of their parameters."""
+    states = [node for node in jax.tree.leaves(state, is_leaf=_is_state) if _is_state(node)]
+    if not states:
+        raise ValueError(f"state has no master weights in it, got {type(state).__name__}")
+    held = {
+        leaf_name(path): correction
+        for one in states
+        for path, correction in tree_leaves_with_path(one.corrections)
+    }
+    shapes = {
+        leaf_name(path): p.shape for path, p in tree_leaves_with_path(params) if is_bfloat16(p)
+    }
+    if other := sorted(name for name in held if shapes.get(name) != held[name].shape):
+        raise ValueError(f"state has corrections of {other}, which params has not in these shapes")
+    return held
