@@ -16,7 +16,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from rmsprop_jax._arrays import clip, unfused
+from rmsprop_jax._arrays import clip, straight_through, unfused
 from rmsprop_jax._storage import Draw
 from rmsprop_jax.low_memory._random import random_bits, random_key
 
@@ -35,7 +35,7 @@ def joined(param: jax.Array, correction: jax.Array | None) -> jax.Array:
     if correction is not None:
         shift = 16 - jnp.iinfo(correction.dtype).bits
         whole += jnp.where(abs(upper) < _INFINITY, correction.astype(jnp.int32) << shift, 0)
-    return _with_derivative_of(lax.convert_element_type(param, jnp.float32), _numbers(whole))
+    return straight_through(_numbers(whole), lax.convert_element_type(param, jnp.float32))
 
 
 @functools.partial(jax.jit, static_argnames=("bits", "seed"))
@@ -69,7 +69,7 @@ def moved(
         # XLA:CPU keeps fewer copies if it knows that the new corrections come first.
         zero = (count >> 31).astype(jnp.float32)
         step = step + zero * correction.astype(jnp.float32)
-    return _with_derivative_of(update, jnp.where(finite, step, new)), correction
+    return straight_through(jnp.where(finite, step, new), update), correction
 
 
 @functools.partial(jax.jit, static_argnames="bits")
@@ -110,15 +110,3 @@ def _numbers(ordinals: jax.Array) -> jax.Array:
     """The float32 numbers of ordinals."""
     sign = np.int32(np.iinfo(np.int32).min)
     return lax.bitcast_convert_type(jnp.where(ordinals < 0, sign - ordinals, ordinals), jnp.float32)
-
-
-@jax.custom_jvp
-def _with_derivative_of(smooth: jax.Array, value: jax.Array) -> jax.Array:
-    """A value in whose derivative its rounding does not count, as elsewhere in JAX."""
-    del smooth
-    return value
-
-
-@_with_derivative_of.defjvp
-def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    return primals[1], tangents[0]
