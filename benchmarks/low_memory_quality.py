@@ -23,25 +23,21 @@ largest number in float32; and the step is taken before rounding. All methods ha
 the root and decay .99, the defaults there, but for the regression, whose decay is .999.
 """
 
-import collections
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 import dataclasses
 import functools
-from pathlib import Path
-import re
-import sys
 from typing import Any, NamedTuple
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 import optax
-from scipy import stats
 from tqdm import tqdm
 
+from _paired import SEEDS, columns, trained
 import _results
+from _tasks import Params, Task, clothes, lstm, real_data, regression, words
 from rmsprop_jax import low_memory, rmsprop
 from rmsprop_jax._storage import (
     FLOAT32,
@@ -57,16 +53,8 @@ from rmsprop_jax._storage import (
     slots_of,
 )
 
-sys.path.append(str(Path(__file__).parents[1] / "examples"))
-import real_data
-
-MARGIN = 0.03
-SEEDS = range(10, 30)  # those below were for choosing learning rates
 BLOCK = 256  # numbers that share a scale
 MIN_SIZE = 4096  # leaves of fewer elements stay in float32, as in q8
-
-Params = Any
-Rows = tuple[NDArray[Any], NDArray[Any]]  # inputs and targets, of one length
 
 
 class Rounded(Float32):
@@ -208,156 +196,6 @@ METHODS: dict[str, Storage] = {
 }
 
 
-class Task(NamedTuple):
-    """What is trained, on what, and how."""
-
-    name: str
-    init: Callable[[int], Params]  # from a seed
-    loss: Callable[..., jax.Array]  # of parameters, inputs and targets
-    train: Rows
-    test: Rows
-    steps: int
-    batch: int
-    learning_rate: float
-    decay: float = 0.99
-    momentum: float | None = None
-
-
-class Convolutions(nnx.Module):
-    """Two convolutions of stride 2 and two dense layers: ten logits from images of 28 x 28."""
-
-    def __init__(self, rngs: nnx.Rngs) -> None:
-        self.conv1 = nnx.Conv(1, 16, (5, 5), strides=2, rngs=rngs)
-        self.conv2 = nnx.Conv(16, 32, (3, 3), strides=2, rngs=rngs)
-        self.fc1 = nnx.Linear(7 * 7 * 32, 64, rngs=rngs)
-        self.fc2 = nnx.Linear(64, 10, rngs=rngs)
-
-    def __call__(self, images: jax.Array) -> jax.Array:
-        """From (n, 28, 28), 0 to 255, to (n, 10)."""
-        x = nnx.relu(self.conv1(images[..., None] / 255.0))
-        x = nnx.relu(self.conv2(x))
-        return self.fc2(nnx.relu(self.fc1(x.reshape(len(x), -1))))
-
-
-class Characters(nnx.Module):
-    """An LSTM that predicts the character after each."""
-
-    width = 96
-
-    def __init__(self, characters: int, rngs: nnx.Rngs) -> None:
-        self.embed = nnx.Embed(characters, 64, rngs=rngs)
-        self.lstm = nnx.RNN(nnx.OptimizedLSTMCell(64, self.width, rngs=rngs), rngs=rngs)
-        self.out = nnx.Linear(self.width, characters, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """From (n, length) to (n, length, characters)."""
-        zeros = jnp.zeros((len(x), self.width))
-        return self.out(self.lstm(self.embed(x), initial_carry=(zeros, zeros)))
-
-
-class Words(nnx.Module):
-    """Embeddings of some words side by side, a hidden layer, logits of the next word."""
-
-    def __init__(self, words: int, before: int, rngs: nnx.Rngs) -> None:
-        self.embed = nnx.Embed(words, 64, rngs=rngs)
-        self.hidden = nnx.Linear(64 * before, 64, rngs=rngs)
-        self.out = nnx.Linear(64, words, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """From (n, before) to (n, words)."""
-        return self.out(nnx.tanh(self.hidden(self.embed(x).reshape(len(x), -1))))
-
-
-def classifier(make: Callable[[nnx.Rngs], nnx.Module]) -> tuple[Any, Any]:
-    """The init and the loss, a mean cross-entropy in nats, of a model that returns logits."""
-    graph, _, rest = nnx.split(make(nnx.Rngs(0)), nnx.Param, ...)  # type: ignore[misc] # of flax
-
-    def init(seed: int) -> Params:
-        return nnx.state(make(nnx.Rngs(seed)), nnx.Param)
-
-    def loss(params: Params, x: jax.Array, y: jax.Array) -> jax.Array:
-        logits = nnx.merge(graph, params, rest)(x)
-        labels = y.astype(jnp.int32)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-    return init, loss
-
-
-def clothes(data: real_data.FashionMNIST) -> Task:
-    """Images in ten classes; the one task with momentum, which q8 holds in 8 bits, too."""
-    train, test = (data.images, data.labels), (data.test_images, data.test_labels)
-    return Task(
-        "CNN, Fashion-MNIST", *classifier(Convolutions), train, test, 500, 64, 5e-4, momentum=0.9
-    )
-
-
-def characters(text: str) -> Task:
-    """The next character, 32 times in a row."""
-    known, codes = np.unique(np.frombuffer(text.encode(), np.uint8), return_inverse=True)
-    train, test = windows(codes.astype(np.uint8), 33)
-    return Task(
-        "LSTM, characters of tiny Shakespeare",
-        *classifier(functools.partial(Characters, len(known))),
-        (train[:, :-1], train[:, 1:]),
-        (test[:, :-1], test[:, 1:]),
-        steps=400,
-        batch=16,
-        learning_rate=1e-2,
-    )
-
-
-def words(text: str, size: int = 3000) -> Task:
-    """The word after three, among the most frequent: most rows of the table get no gradient."""
-    found = re.findall(r"[a-z']+|[^\sa-z']", text.lower())
-    frequent = [word for word, _ in collections.Counter(found).most_common(size - 1)]
-    number = {word: i for i, word in enumerate(frequent, start=1)}  # 0 is for all others
-    train, test = windows(np.array([number.get(word, 0) for word in found]), 4)
-    return Task(
-        "embeddings, words of tiny Shakespeare",
-        *classifier(functools.partial(Words, size, 3)),
-        (train[:, :-1], train[:, -1]),
-        (test[:, :-1], test[:, -1]),
-        steps=600,
-        batch=64,
-        learning_rate=1e-2,
-    )
-
-
-def windows(codes: NDArray[Any], length: int) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Runs of a text: from each place of its first nine tenths; side by side in the last."""
-    split = len(codes) * 9 // 10
-    train = np.lib.stride_tricks.sliding_window_view(codes[:split], length)
-    test = np.lib.stride_tricks.sliding_window_view(codes[split:], length)[::length]
-    return train, test
-
-
-def regression() -> Task:
-    """A linear map without noise: its gradients, and so second moments, fall with the error.
-
-    64 inputs, mixed from sources whose sizes are 1, 1/2, 1/3, ..., give 128 outputs. Decay is .999,
-    so that a step takes a second moment down by a thousandth at most, less than bfloat16 resolves.
-    """
-    rng = np.random.default_rng(0)
-    inputs, outputs = 64, 128
-    rotation, _ = np.linalg.qr(rng.standard_normal((inputs, inputs)))
-    sources = rng.standard_normal((4096, inputs)) / np.arange(1, inputs + 1)
-    x = sources @ rotation
-    y = x @ rng.standard_normal((inputs, outputs))
-    x, y = x.astype(np.float32), y.astype(np.float32)
-
-    def init(seed: int) -> jax.Array:
-        rng = np.random.default_rng(seed)
-        return jnp.asarray(rng.standard_normal((inputs, outputs), dtype=np.float32))
-
-    def loss(params: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
-        return jnp.mean(jnp.square(x @ params - y))
-
-    train, test = (x[:3072], y[:3072]), (x[3072:], y[3072:])
-    return Task(
-        "regression, shrinking gradients", init, loss, train, test, 4000, 64, 3e-2, decay=0.999
-    )
-
-
 def optimizer(task: Task, storage: Storage) -> optax.GradientTransformation:
     """RMSProp with a rate that falls to 0, which counts its own steps."""
     return optax.chain(
@@ -375,50 +213,25 @@ def optimizer(task: Task, storage: Storage) -> optax.GradientTransformation:
 def train(task: Task, storage: Storage, seeds: Iterable[int], bar: tqdm) -> NDArray[np.float64]:
     """The test loss after the last step, for each seed of parameters, batches and rounding."""
     tx = optimizer(task, storage)
-    train, test = jax.device_put((task.train, task.test))
+    test = jax.device_put(task.test)
     evaluate = jax.jit(task.loss)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params: Params, state: Any, train: Any, picked: jax.Array) -> Any:
-        grads = jax.grad(task.loss)(params, *(array[picked] for array in train))
+    def step(params: Params, state: Any, rows: Any, picked: jax.Array) -> Any:
+        grads = jax.grad(task.loss)(params, *(array[picked] for array in rows))
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
     losses = []
     for seed in seeds:
-        rng = np.random.default_rng(seed)
-        batches = rng.integers(len(train[0]), size=(task.steps, task.batch), dtype=np.int32)
         params = task.init(seed)
         own, *others = tx.init(params)
         # What is random in a storage depends on the number of the step: let each seed have its own.
         state = (own._replace(count=jnp.int32(seed << 20)), *others)
-        for picked in batches:
-            params, state = step(params, state, train, picked)
+        params, _ = trained(task, seed, params, state, step)
         losses.append(float(evaluate(params, *test)))
         bar.update()
     return np.array(losses)
-
-
-class Difference(NamedTuple):
-    """A mean relative difference, and its 95% interval."""
-
-    mean: float
-    low: float
-    high: float
-
-    @property
-    def small(self) -> bool:
-        """Whether all of the interval is within the margin."""
-        return self.low > -MARGIN and self.high < MARGIN
-
-
-def difference(losses: ArrayLike, reference: ArrayLike) -> Difference:
-    """Of paired losses, by Student's t over the pairs."""
-    ratios = np.asarray(losses) / np.asarray(reference) - 1
-    mean = float(ratios.mean())
-    error = float(ratios.std(ddof=1)) / len(ratios) ** 0.5
-    half = float(stats.t.ppf(0.975, len(ratios) - 1)) * error
-    return Difference(mean, mean - half, mean + half)
 
 
 def held(task: Task, storage: Storage) -> tuple[float, float]:
@@ -441,31 +254,21 @@ def compare(task: Task, seeds: Sequence[int], bar: tqdm) -> list[_results.Row]:
         if storage is FLOAT32:
             reference = losses
         share, size = held(task, storage)
-        rows.append(row(task, name, share, size, losses, difference(losses, reference)))
+        row = {
+            "task": task.name,
+            "state": name,
+            "second moments in 8 or 16 bits": f"{share:.1%}",
+            "state bytes a parameter": f"{size:.2f}",
+        }
+        rows.append(row | columns(losses, reference, "float32"))
     return rows
-
-
-def row(
-    task: Task, name: str, share: float, size: float, losses: NDArray[Any], found: Difference
-) -> _results.Row:
-    itself = name == "float32"
-    return {
-        "task": task.name,
-        "state": name,
-        "second moments in 8 or 16 bits": f"{share:.1%}",
-        "state bytes a parameter": f"{size:.2f}",
-        "test loss (± sd over seeds)": f"{losses.mean():.4g} ± {losses.std(ddof=1):.1g}",
-        "against float32": "" if itself else f"{found.mean:+.2%}",
-        "95% interval": "" if itself else f"{found.low:+.2%} to {found.high:+.2%}",
-        f"within {MARGIN:.0%}": "" if itself else "yes" if found.small else "no",
-    }
 
 
 def main(argv: list[str] | None = None) -> list[_results.Row]:
     quick = _results.parse(_results.parser(__doc__), argv).quick
 
     text = real_data.tiny_shakespeare()
-    tasks = [clothes(real_data.fashion_mnist()), characters(text), words(text), regression()]
+    tasks = [clothes(real_data.fashion_mnist()), lstm(text), words(text), regression()]
     seeds = SEEDS
     if quick:
         tasks = [task._replace(steps=3) for task in tasks]

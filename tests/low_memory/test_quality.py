@@ -2,7 +2,6 @@
 
 import functools
 import json
-import os
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +9,13 @@ import numpy as np
 import pytest
 from tqdm import tqdm
 
+from _paired import SEEDS
 import _results
+from _tasks import regression
 import low_memory_quality as quality
 import real_data
 from rmsprop_jax import rmsprop
-from storages import types
+from small_tasks import CLOTHES, TASKS, TEXT
 
 # The networks divide pixels, which are integers.
 pytestmark = pytest.mark.usefixtures("default_promotion")
@@ -43,24 +44,7 @@ def there_and_back(storage, values):
     return slot, np.asarray(decoded)
 
 
-def noise(*shape, largest=256):
-    return RNG.integers(largest, size=shape, dtype=np.uint8)
-
-
-CLOTHES = real_data.FashionMNIST(
-    noise(200, 28, 28), noise(200, largest=10), noise(50, 28, 28), noise(50, largest=10)
-)
-TEXT = "".join(RNG.choice(list("to be, or not that is"), size=3000))
-
-TASKS = {
-    "clothes": lambda: quality.clothes(CLOTHES),
-    "characters": lambda: quality.characters(TEXT),
-    "words": lambda: quality.words(TEXT, size=100),
-    "regression": quality.regression,
-}
-
-
-NETWORKS = ("clothes", "characters", "words")  # which take long to compile
+NETWORKS = ("clothes", "lstm", "words")  # which take long to compile
 EACH = ["regression", *(pytest.param(name, marks=pytest.mark.slow) for name in NETWORKS)]
 
 
@@ -82,26 +66,8 @@ def test_all_methods_start_a_seed_from_the_same_place_and_see_the_same_batches(n
             np.testing.assert_allclose(train(task, method), reference, rtol)
 
 
-@pytest.mark.parametrize("name", TASKS)
-def test_a_task_has_a_loss_of_its_parameters_on_its_rows(name):
-    """Only traced."""
-
-    def losses():
-        task = TASKS[name]()
-        params = task.init(0)
-        gradient = jax.value_and_grad(task.loss)
-        both = [gradient(params, *map(jnp.asarray, rows)) for rows in (task.train, task.test)]
-        return params, both
-
-    params, both = jax.eval_shape(losses)
-    assert jax.tree.leaves(params)
-    for loss, grads in both:
-        assert loss.shape == ()
-        assert types(grads) == types(params)
-
-
 def test_a_run_can_be_repeated_and_each_seed_is_rounded_by_its_own_bits():
-    task = quality.regression()._replace(steps=20)
+    task = regression()._replace(steps=20)
     first = train(task, OURS[0])
     np.testing.assert_array_equal(train(task, OURS[0]), first)
     same = task._replace(init=lambda seed: task.init(0), train=tuple(a[:1] for a in task.train))
@@ -109,35 +75,6 @@ def test_a_run_can_be_repeated_and_each_seed_is_rounded_by_its_own_bits():
     assert losses[0] == losses[1]
     losses = train(same, OURS[0])
     assert losses[0] != losses[1]
-
-
-def test_a_difference_is_that_of_pairs_with_the_interval_of_student():
-    """By hand: ratios less 1 of .01, .02, .06 have mean .03 and standard error sqrt(7 / 3) / 100.
-
-    Their t of two degrees of freedom is 4.302653 in every table.
-    """
-    found = quality.difference([1.01, 2.04, 4.24], [1.0, 2.0, 4.0])
-    half = 4.302653 * (7 / 3) ** 0.5 / 100
-    np.testing.assert_allclose(found, (0.03, 0.03 - half, 0.03 + half), rtol=1e-6)
-
-
-def test_an_interval_covers_the_truth_19_times_in_20():
-    """Of 2000 samples of six pairs; the tolerance is four standard deviations of that count."""
-    rng = np.random.default_rng(0)
-    reference = rng.uniform(1, 5, (2000, 6))
-    losses = reference * (1.1 + 0.2 * rng.standard_normal((2000, 6)))
-    found = [quality.difference(*pair) for pair in zip(losses, reference, strict=True)]
-    covered = sum(one.low < 0.1 < one.high for one in found)
-    assert abs(covered - 1900) < 4 * (2000 * 0.95 * 0.05) ** 0.5
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "small"),
-    [(-0.02, 0.029, True), (-0.031, 0.0, False), (0.01, 0.031, False), (np.nan, np.nan, False)],
-)
-def test_all_of_an_interval_must_lie_within_the_margin(low, high, small):
-    assert quality.MARGIN == 0.03
-    assert quality.Difference(0.0, low, high).small == small
 
 
 def test_the_map_of_bitsandbytes():
@@ -244,7 +181,7 @@ def test_methods_are_held_as_the_table_says():
 
     Beside the moments, each state holds a count of 4 bytes, and q8 a scale.
     """
-    task = quality.regression()
+    task = regression()
     held = {name: quality.held(task, storage) for name, storage in quality.METHODS.items()}
     n = 64 * 128
     assert held == {
@@ -259,7 +196,7 @@ def test_methods_are_held_as_the_table_says():
 
 def test_a_run_is_soon_near_that_of_float32_but_for_the_controls(subtests):
     """Ours were within .1% of it after 400 steps, the controls 3% and 44% above."""
-    task = quality.regression()._replace(steps=400)
+    task = regression()._replace(steps=400)
     (reference,) = train(task, "float32", seeds=[10])
     for method in (*OURS, *(name for name in quality.METHODS if name.startswith("control"))):
         with subtests.test(method):
@@ -274,9 +211,9 @@ def test_shrinking_gradients_tell_the_controls_from_q8_and_bfloat16():
 
     Ours were within .3% of float32, the controls 16% and more above.
     """
-    task = quality.regression()._replace(steps=1000)
+    task = regression()._replace(steps=1000)
     with tqdm(disable=True) as bar:
-        rows = quality.compare(task, quality.SEEDS[:4], bar)
+        rows = quality.compare(task, SEEDS[:4], bar)
     verdicts = {row["state"]: row["within 3%"] for row in rows}
     assert [verdicts[name] for name in OURS] == ["yes", "yes"]
     assert [verdicts[name] for name in verdicts if name.startswith("control")] == ["no", "no"]
@@ -296,8 +233,8 @@ def test_what_was_measured_is_what_the_docstrings_say():
 def test_the_script_runs(monkeypatch, capsys):
     monkeypatch.setattr(real_data, "fashion_mnist", lambda: CLOTHES)
     monkeypatch.setattr(real_data, "tiny_shakespeare", lambda: TEXT)
-    for name in ("clothes", "characters", "words"):  # compiled in a test above
-        monkeypatch.setattr(quality, name, lambda data: quality.regression())
+    for name in ("clothes", "lstm", "words"):  # compiled in a test above
+        monkeypatch.setattr(quality, name, lambda data: regression())
     few = {name: quality.METHODS[name] for name in ("float32", OURS[0])}
     monkeypatch.setattr(quality, "METHODS", few)
     monkeypatch.setattr(_results, "save", lambda *_: pytest.fail("--quick writes nothing"))
@@ -306,26 +243,9 @@ def test_the_script_runs(monkeypatch, capsys):
     assert _results.table(rows, _results.machine()) in capsys.readouterr().out
 
 
-def test_words_are_numbered_from_the_most_frequent_and_others_are_0(monkeypatch):
-    monkeypatch.setattr(quality, "classifier", lambda make: (None, None))
-    text = "Who's there? there, there? who's. " * 10
-    task = quality.words(text, size=3)  # "there" is 1, one more is 2
-    codes = np.unique(np.concatenate([task.train[0].ravel(), task.train[1]]))
-    assert codes.tolist() == [0, 1, 2]
-    assert task.train[0][0].tolist() == [2, 1, 0]
-
-
-def test_a_text_is_split_into_a_beginning_and_an_end():
-    """Of 100 codes: runs of 4 from each of the first 90, and side by side in the last 10."""
-    train, test = quality.windows(np.arange(100), 4)
-    assert train[:, 0].tolist() == [*range(87)]
-    assert train[-1].tolist() == [86, 87, 88, 89]
-    assert test.tolist() == [[90, 91, 92, 93], [94, 95, 96, 97]]
-
-
 def test_the_rate_falls_to_0_in_a_straight_line():
     """Gradients of one sign at decay 0 make steps of the rate alone; eps is 1e-8 of them."""
-    task = quality.regression()._replace(steps=4, learning_rate=1.0, decay=0.0)
+    task = regression()._replace(steps=4, learning_rate=1.0, decay=0.0)
     tx = quality.optimizer(task, quality.FLOAT32)
     own, *others = tx.init(jnp.ones(3))
     state = (own._replace(count=jnp.int32(7 << 20)), *others)
@@ -334,17 +254,3 @@ def test_the_rate_falls_to_0_in_a_straight_line():
         updates, state = tx.update(jnp.ones(3), state)
         sizes.append(float(-updates[0]))
     np.testing.assert_allclose(sizes, [1, 0.75, 0.5, 0.25, 0], rtol=1e-6)
-
-
-if os.environ.get("RMSPROP_JAX_DATA"):
-
-    @pytest.mark.slow
-    def test_the_real_tasks_have_the_sizes_that_the_data_have():
-        clothes = quality.clothes(real_data.fashion_mnist())
-        assert (len(clothes.train[0]), len(clothes.test[0])) == (60_000, 10_000)
-        text = real_data.tiny_shakespeare()
-        task = quality.characters(text)
-        assert task.train[0].shape == task.train[1].shape == (1_003_854 - 32, 32)
-        assert len(task.test[0]) == 111_540 // 33
-        words = quality.words(text)
-        assert int(words.train[0].max()) == 2999
