@@ -7,11 +7,13 @@
 A step is update and apply_updates with donated buffers, of one leaf of 16.8 million parameters.
 Bytes are a parameter: of the arguments and results of all kernels, which is what memory has to give
 where they do not find it in a cache, and of the temporary memory of the program. Kernels are those
-that touch more than scalars.
+that touch more than scalars. Gradients have the dtype of the parameters; bits are those of master
+weights.
 """
 
 from collections.abc import Sequence
 import importlib.util
+import itertools
 import math
 import os
 from pathlib import Path
@@ -26,7 +28,7 @@ from tqdm import tqdm
 
 import _results
 from libraries import FORMS, STORAGES, train_step
-from rmsprop_jax import rmsprop
+from rmsprop_jax import low_memory, rmsprop
 
 # What XLA asks of a device when there is none. Compute capability 9.0 is that of Hopper; numbers
 # are those of an H200, from NVIDIA's data sheet and the CUDA programming guide.
@@ -57,7 +59,18 @@ runtime_version { major: 13 minor: 0 patch: 0 }
 device_description_str: "NVIDIA H200"
 """
 SHAPE = (16384, 1024)
-ITEMSIZE = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "u16": 2, "u8": 1, "s8": 1, "pred": 1}
+BITS = (32, 24, 16)  # of master weights
+ITEMSIZE = {
+    "f32": 4,
+    "s32": 4,
+    "u32": 4,
+    "bf16": 2,
+    "s16": 2,
+    "u16": 2,
+    "u8": 1,
+    "s8": 1,
+    "pred": 1,
+}
 NO_KERNEL = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant"}
 INSTRUCTION = re.compile(r"%([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*?)\)[,\n]")
 
@@ -75,13 +88,13 @@ def gpu() -> NamedSharding:
     return NamedSharding(topologies.make_mesh(topology, (1,), ("x",)), PartitionSpec())
 
 
-def compiled(tx: optax.GradientTransformation, place: NamedSharding) -> Any:
+def compiled(tx: optax.GradientTransformation, place: NamedSharding, dtype: str = "float32") -> Any:
     """A donated step of one large leaf."""
 
     def struct(array: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place)
 
-    params = struct(jax.ShapeDtypeStruct(SHAPE, "float32"))
+    params = struct(jax.ShapeDtypeStruct(SHAPE, dtype))
     state = jax.tree.map(struct, jax.eval_shape(tx.init, params))
     step = jax.jit(train_step(tx), donate_argnums=(0, 1), out_shardings=place)
     return step.lower(params, state, params).compile()
@@ -113,16 +126,19 @@ def main(argv: Sequence[str] | None = None) -> list[_results.Row]:
     place = gpu()
     rows = []
     for form in tqdm([*FORMS][:1] if quick else FORMS, unit="form"):
-        programs = {
-            name: compiled(rmsprop(1e-3, **FORMS[form], storage=storage), place)
-            for name, storage in STORAGES.items()
-        }
-        whole = sum(moved(programs["float32"]))
-        for name, program in programs.items():
+        whole = 0.0
+        for bits, (name, storage) in itertools.product((None, *BITS), STORAGES.items()):
+            tx = rmsprop(1e-3, **FORMS[form], storage=storage)
+            if bits:
+                program = compiled(low_memory.master_weights(tx, bits), place, "bfloat16")
+            else:
+                program = compiled(tx, place)
             kernels = moved(program)
+            whole = whole or sum(kernels)  # of the first
             rows.append(
                 {
                     "form": form,
+                    "parameters": f"bfloat16, {bits} bits" if bits else "float32",
                     "state": name,
                     "kernels": len(kernels),
                     "bytes moved": f"{sum(kernels):.1f}",

@@ -5,8 +5,10 @@ import pytest
 import gpu_programs
 from gpu_programs import compiled, moved, temporary
 from rmsprop_jax import low_memory, rmsprop
+import training_memory
 
 pytest.importorskip("jax_cuda13_plugin")
+pytestmark = pytest.mark.usefixtures("default_promotion")  # of parameters in 16 bits and updates
 
 FORMS = {
     "plain": {},
@@ -59,8 +61,55 @@ def test_a_step_with_state_in_8_bits_is_one_kernel_after_a_pass_over_its_codes(g
     assert temporary(program) < 1e-3 + rows
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("bits", [16, 24, 32])
+def test_a_step_with_master_weights_is_one_kernel(gpu, bits, form):
+    """Gradient 2, parameter 2 and 2, correction (bits - 16) / 8 and as much again; and the slots.
+
+    Where two things are drawn at random, the hash of the rows may be computed before.
+    """
+    tx = low_memory.master_weights(rmsprop(0.1, **FORMS[form]), bits)
+    program = compiled(tx, gpu, "bfloat16")
+    *small, step = sorted(moved(program))
+    rows = 4 / gpu_programs.SHAPE[1]
+    assert step == pytest.approx(6 + (bits - 16) / 4 + 8 * SLOTS[form], abs=1.01 * rows)
+    assert sum(small) < 1.01 * rows
+    assert temporary(program) < 1e-3 + rows
+
+
+def test_all_in_4_bytes_a_parameter_moves_11_where_float32_moves_20(gpu):
+    """One of the 11 is the pass over the codes, for their largest."""
+    tx = low_memory.master_weights(rmsprop(0.1, storage=low_memory.q8()), 24)
+    program = compiled(tx, gpu, "bfloat16")
+    assert [size for size in moved(program) if size > 0.01] == pytest.approx([1, 10], abs=1e-3)
+    assert temporary(program) < 1e-3
+    assert sum(moved(compiled(rmsprop(0.1), gpu))) == pytest.approx(20)
+
+
 def test_the_table_is_printed(gpu, capsys):
     rows = gpu_programs.main(["--quick"])
     assert [row["bytes moved"] for row in rows[:2]] == ["20.0", "16.0"]
     assert [row["of float32"] for row in rows[:2]] == ["1.00", "0.80"]
-    assert "| plain | bfloat16 | 1 | 16.0 | 0.80 | 0.00 |" in capsys.readouterr().out
+    assert "| plain | float32 | bfloat16 | 1 | 16.0 | 0.80 | 0.00 |" in capsys.readouterr().out
+    (all_small,) = (
+        row for row in rows if row["parameters"][-7:] == "24 bits" and row["state"] == "q8"
+    )
+    assert all_small["bytes moved"] == "11.0"
+
+
+def test_a_whole_training_step_holds_what_is_counted(gpu, capsys):
+    """Its peak is the sum of parameters, corrections, state and gradients; .1 are activations."""
+    rows = {row["training"]: row for row in training_memory.main(["--quick"])}
+    assert rows["float32"]["sum"] == "12.00"
+    small = rows["master weights of 24 bits, `q8`"]
+    assert [small[name] for name in ("parameters", "corrections", "state", "gradients", "sum")] == [
+        "2.00",
+        "1.00",
+        "1.00",
+        "2.00",
+        "6.00",
+    ]
+    for name, row in rows.items():
+        if name != "standard mixed precision":  # whose gradients are in bfloat16 till they are used
+            assert float(row["peak"]) == pytest.approx(float(row["sum"]), abs=0.1)
+    assert "| standard mixed precision | plain | 4.00 |" in capsys.readouterr().out
