@@ -75,15 +75,21 @@ def compiled(step: Callable[..., Any], params: Any, state: Any, grads: Any) -> S
     return Step(run, temporary, cost.get("bytes accessed", np.nan), compiling)
 
 
-def of(tx: optax.GradientTransformation, shapes: Shapes) -> Step:
+def of(tx: optax.GradientTransformation, shapes: Shapes, dtype: str = "float32") -> Step:
     """Any transformation's, jitted."""
-    params = [jnp.ones(shape) for shape in shapes]
-    grads = [jnp.asarray(grad) for grad in gradients(shapes)]
+    params = [jnp.ones(shape, dtype) for shape in shapes]
+    grads = [jnp.asarray(grad, dtype) for grad in gradients(shapes)]
     return compiled(train_step(tx), params, tx.init(params), grads)
 
 
 def ours(form: dict[str, Any], shapes: Shapes) -> Step:
     return of(rmsprop(1e-3, **form), shapes)
+
+
+def master_weights(storage: str, shapes: Shapes) -> Step:
+    """Ours of parameters in bfloat16, with 24 bits."""
+    tx = rmsprop(1e-3, storage=STORAGES[storage])
+    return of(low_memory.master_weights(tx, 24), shapes, "bfloat16")
 
 
 def theirs(form: dict[str, Any], shapes: Shapes) -> Step:

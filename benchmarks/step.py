@@ -12,26 +12,55 @@ we are faster. GB/s counts what any implementation has to move, once: gradients 
 state read and written; its share is of what a kernel that adds 1 in place, to an array as large as
 all parameters, reads and writes in the same seconds, timed in alternation with ours. Bytes are a
 parameter: moved as XLA counts what its kernels read and write, temporary what the compiled step
-needs beside its arguments.
+needs beside its arguments. With master weights, of 24 bits, our parameters and gradients are in
+bfloat16, and theirs in float32 as before.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+import functools
 import gc
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 import _results
 import libraries
-from libraries import FORMS, compare
+from libraries import FORMS, Step, compare
 from trees import ONE_LEAF, TREES, Shapes, parameters
 
-SLOTS = {"plain": 1, "momentum": 2, "centered, momentum": 3}
+
+class Form(NamedTuple):
+    """A form of the rule; the bytes a parameter that our step has to move; our step."""
+
+    theirs: dict[str, Any]
+    needed: int
+    ours: Callable[[Shapes], Step]
+
+
+def float32(form: str, slots: int) -> Form:
+    """Gradients are read, parameters and slots read and written."""
+    return Form(FORMS[form], 4 + 8 * (1 + slots), functools.partial(libraries.ours, FORMS[form]))
+
+
+def master_weights(storage: str, slot: int) -> Form:
+    """Gradients of 2 bytes, parameters of 2 and corrections of 1, and so many for a slot."""
+    ours = functools.partial(libraries.master_weights, storage)
+    return Form(FORMS["plain"], 2 + 2 * (2 + 1 + slot), ours)
+
+
+ROWS = {
+    "plain": float32("plain", 1),
+    "momentum": float32("momentum", 2),
+    "centered, momentum": float32("centered, momentum", 3),
+    "plain, master weights": master_weights("float32", 4),
+    "plain, master weights, `q8`": master_weights("q8", 1),
+}
 
 
 def row(name: str, form: str, shapes: Shapes, steps: int, pairs: int) -> _results.Row:
-    ours = libraries.ours(FORMS[form], shapes)
+    switches, needed, make_ours = ROWS[form]
+    ours = make_ours(shapes)
     numbers = parameters(shapes)
-    needed = 4 + 8 * (1 + SLOTS[form])  # bytes a parameter
 
     in_place = compare(libraries.add_one(numbers), ours, steps, pairs)
     row = {
@@ -43,7 +72,7 @@ def row(name: str, form: str, shapes: Shapes, steps: int, pairs: int) -> _result
         "temporary, ours": f"{ours.temporary / numbers:.2f}",
     }
     for library, make in libraries.others().items():
-        theirs = make(FORMS[form], shapes)
+        theirs = make(switches, shapes)
         pair = compare(theirs, ours, steps, pairs)
         row[f"ours / {library}"] = f"{pair.ratio:.2f}"
         if library == "optax":
@@ -63,11 +92,11 @@ def main(argv: Sequence[str] | None = None) -> list[_results.Row]:
     if quick:
         networks = {"one leaf": [(64, 64)], "two leaves": [(8, 8), (8,)]}
     rows = []
-    with tqdm(total=len(networks) * len(FORMS), unit="row") as bar:
+    with tqdm(total=len(networks) * len(ROWS), unit="row") as bar:
         for name, shapes in networks.items():
             steps = 1 if quick else max(1, 10**8 // parameters(shapes))
             pairs = 2 if quick else 10 if len(shapes) == 1 else 5
-            for form in FORMS:
+            for form in ROWS:
                 bar.set_description(f"{name}, {form}")
                 rows.append(row(name, form, shapes, steps, pairs))
                 bar.update()
