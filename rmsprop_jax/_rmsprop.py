@@ -62,6 +62,11 @@ def rmsprop(
     86 / -log(decay) steps (820 at 0.9) if the gradients are then of size 1. A NaN stays NaN, in
     its own coordinate. To skip steps with either, wrap this in ``optax.apply_if_finite``.
 
+    Parameters of 16 bits are rounded when an update is added, as with every optimizer, and a step
+    that is less than 1/512 of a bfloat16 parameter, or 1/4096 of a float16 one, is lost. To train
+    them nevertheless, wrap this in :func:`rmsprop_jax.low_memory.master_weights` (bfloat16), or
+    keep float32 parameters and let the network round them.
+
     A centered s goes to 0 where the gradients hardly change, and the step then grows up to
     learning_rate |g| / sqrt(eps): choose eps accordingly.
 
@@ -109,8 +114,10 @@ def rmsprop(
       of integers, bools and random keys have None in the place of a state.
       ``update`` takes gradients of the same structure and shapes, of any floating dtype
       (complex for complex parameters), and gives updates in the gradients' dtypes, for
-      ``optax.apply_updates``. A gradient of None gives the update None, which that function does
-      not take, and leaves its state. So does float0, which JAX gives for integers.
+      ``optax.apply_updates``, which rounds the sum to the dtype of the parameter
+      (``equinox.apply_updates`` does not). A gradient of None gives the update None, which that
+      function of Optax does not take, and leaves its state. So does float0, which JAX gives for
+      integers.
       Transformations of equal arguments are equal, as are their copies and pickles; arrays and
       schedules in them are equal if they are the same object.
       Complex gradients are, as everywhere in Optax, those that point uphill: the conjugates of

@@ -1,4 +1,4 @@
-"""How many updates were made, in the states of Optax that count them."""
+"""How many updates were made, in the states around a rule that count them."""
 
 from typing import Any
 
@@ -7,12 +7,14 @@ import numpy as np
 import optax
 
 from rmsprop_jax.convert._arrays import place
+from rmsprop_jax.low_memory._master_weights import MasterWeightsState
 
-# The states of Optax that count updates, and the names of their count and of the state inside.
+# The states that count updates, and the names of their count and of the state inside.
 COUNTERS: dict[type, tuple[str, str | None]] = {
     optax.InjectStatefulHyperparamsState: ("count", "inner_state"),
     optax.MultiStepsState: ("gradient_step", "inner_opt_state"),
     optax.ScaleByScheduleState: ("count", None),
+    MasterWeightsState: ("count", "inner_state"),
 }
 
 
@@ -33,5 +35,5 @@ def at_step(state: optax.OptState, count: int) -> optax.OptState:
 
 
 def is_counter(node: Any) -> bool:
-    """Whether this is a state of Optax's that counts updates."""
+    """Whether this is a state around a rule that counts updates."""
     return type(node) in COUNTERS

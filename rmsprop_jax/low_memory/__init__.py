@@ -15,7 +15,8 @@ mean, centered only      4         2          2
 
 In both, a gradient that is not finite acts on its own coordinate in its own step as it does in
 float32. It never enters second moments and means, which then only decay; of momentum, NaN never
-does. Scalars, empty and complex leaves are held as without a storage. An update has its derivatives
+does. Scalars, empty and complex leaves are held as without a storage, and so are, by q8, leaves
+of fewer than 4096 elements (``min_size``). An update has its derivatives
 by gradient and hyperparameters; what is stored has none.
 
 Under ``jit``, what is stored is placed like the parameters. An update in bfloat16 needs no

@@ -193,10 +193,14 @@ def master_weights(
     ``jax.lax.cond``, as do ``optax.conditionally_mask`` and ``optax.conditionally_transform``: a
     branch of their own has updates in the dtype of the gradients, which cannot hold p' - p.
     ``optax.MultiSteps`` works in either place, but around it rounds the mean of the gradients to
-    bfloat16. What changes gradients, as ``optax.clip_by_global_norm``, may stand before it in
-    ``optax.chain``, and is then computed in bfloat16. :func:`rmsprop_jax.sharding.zero1` and
-    ``zero1_mapped`` belong around it, where they split corrections, too; they gather updates, of 4
-    bytes a parameter.
+    bfloat16. ``optax.flatten`` around it turns leaves of several dtypes into one of float32, and
+    bfloat16 ones stall as before; inside it is right. What changes gradients, as
+    ``optax.clip_by_global_norm``, may stand before it in ``optax.chain``, and is then computed in
+    bfloat16. :func:`rmsprop_jax.sharding.zero1` and ``zero1_mapped`` belong around it, where they
+    split corrections, too; they gather updates, of 4 bytes a parameter.
+
+    In a jitted step with ``optax.apply_updates`` a GPU reads and writes all in one kernel. XLA for
+    processors needs the updates of 24 and 32 bits twice, and keeps them: 4 bytes a parameter.
 
     ``optax.apply_updates`` adds float32 to bfloat16, which needs the setting
     ``jax_numpy_dtype_promotion="standard"``, JAX's default. ``equinox.apply_updates`` leaves the

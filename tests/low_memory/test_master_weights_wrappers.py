@@ -99,6 +99,7 @@ def test_a_wrapper_that_lets_everything_through_changes_no_bit(bits, subtests):
     txs |= {f"inside: {name}": master_weights(wrap(EXACT), bits) for name, wrap in INSIDE.items()}
     txs["around: inject"] = inject(lambda rate: master_weights(exact(rate), bits))
     txs["inside: inject"] = master_weights(inject(exact), bits)
+    txs["inside: flatten"] = master_weights(optax.flatten(EXACT), bits)
     txs["alone"] = master_weights(EXACT, bits)
     runs = run_each(txs)
     want, state = runs["alone"]
@@ -110,6 +111,14 @@ def test_a_wrapper_that_lets_everything_through_changes_no_bit(bits, subtests):
             assert_same(join(params, other), weights)
             if "parts" not in name:
                 assert_same(held(other).corrections, state.corrections)
+
+
+def test_around_it_flatten_leaves_no_bfloat16_beside_float32():
+    """As the docstring warns: one array of float32 reaches it."""
+    assert {x.dtype for x in PARAMS.values()} == {jnp.dtype("bfloat16"), jnp.dtype("float32")}
+    with jax.numpy_dtype_promotion("standard"):
+        state = optax.flatten(master_weights(EXACT)).init(PARAMS)
+    assert not jax.tree.leaves(state.corrections)
 
 
 def test_the_inner_sees_float32_and_the_others_as_they_are():
@@ -247,6 +256,7 @@ def test_a_float32_checkpoint_of_pytorch_goes_on(bits):
     params, state = low_memory.split_weights(weights, PARAMS, state)
     assert types(params) == types(PARAMS)
     got, inner = join(params, state), state.inner_state
+    assert state.count == inner.count == 5
     for i, name in enumerate(SHAPES):
         np.testing.assert_array_equal(inner.nu[name], theirs[i]["square_avg"])
         unit = 2.0**-bits * (bits < 32) * (name != "s") * 2.0**8

@@ -12,7 +12,7 @@ import pytest
 
 from helpers import assert_close, run_all
 import reference
-from rmsprop_jax import rmsprop
+from rmsprop_jax import low_memory, rmsprop
 
 ROWS, THEIRS = {}, {}
 ONES = np.ones(2, np.float32)
@@ -80,6 +80,26 @@ def mixed_precision():
     guarded = optax.apply_if_finite(tx, 3)
     updates, _ = jax.jit(guarded.update)(g, guarded.init(g.astype(jnp.bfloat16)))
     np.testing.assert_allclose(updates, FIRST / 10, rtol=1e-6)
+
+
+def after_300_steps(tx):
+    """A bfloat16 parameter of 1, each step of which is .001 in float32, but for some first ones."""
+
+    def step(carry, _):
+        x, state = carry
+        updates, state = tx.update(jnp.full((), 0.01, jnp.bfloat16), state, x)
+        return (jnp.asarray(optax.apply_updates(x, updates), x.dtype), state), None
+
+    x = jnp.ones((), jnp.bfloat16)
+    with jax.numpy_dtype_promotion("standard"):
+        (x, _), _ = jax.lax.scan(step, (x, tx.init(x)), length=300)
+    return float(x)
+
+
+@row("bfloat16 parameters: 300 steps of 0.001 from 1, of 0.691 in float32")
+def sixteen_bits():
+    assert after_300_steps(low_memory.master_weights(rmsprop(1e-3))) == 0.69140625
+    assert after_300_steps(rmsprop(1e-3)) == 0.9921875
 
 
 @row("centered, a constant gradient of 10.6")
@@ -240,6 +260,11 @@ def their_mixed_precision():
     guarded = optax.apply_if_finite(tx, 3)
     with pytest.raises(TypeError):
         guarded.update(g, guarded.init(half))
+
+
+@row("bfloat16 parameters: 300 steps of 0.001 from 1, of 0.691 in float32", THEIRS)
+def their_sixteen_bits():
+    assert after_300_steps(optax.rmsprop(1e-3)) == 0.9921875
 
 
 @row("centered, a constant gradient of 10.6", THEIRS)
