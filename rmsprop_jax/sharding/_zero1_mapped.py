@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from rmsprop_jax._rule import some_rules
 from rmsprop_jax._transformation import transformation
 from rmsprop_jax._types import PyTree
 from rmsprop_jax.sharding._arguments import Partition, axes_of, check_inside, checked
+from rmsprop_jax.sharding._beyond import update_of_parts
 from rmsprop_jax.sharding._placement import (
     axis_to_partition,
     partition_over,
@@ -67,10 +69,16 @@ class Zero1Mapped(Partition):
                 "zero1_mapped takes their mean"
             )
         updates = whole = without_float0(updates)
+        is_split = [jax.tree.map(lambda x: self._axis(x) is not None, x) for x in (whole, params)]
         params = jax.tree.map(self._mine, params)
         updates = jax.tree.map(self._mean, updates)
         self.check(ask(self.tx.init, updates if params is None else params)[0])
-        updates, state = self.tx.update(updates, state, params, **extra_args)
+        updates, state = update_of_parts(
+            functools.partial(self.tx.update, **extra_args),
+            (updates, state, params),
+            (is_split[0], is_like(updates, is_split[0], state), is_split[1]),
+            self.axes,
+        )
         return jax.tree.map(self._gathered, updates, whole), state
 
     def parts(self, params: optax.Params, shardings: PyTree) -> PyTree:
@@ -103,6 +111,13 @@ class Zero1Mapped(Partition):
         return u if axis is None else lax.all_gather(u, self.axes, axis=axis, tiled=True)
 
 
+def is_like(updates: optax.Updates, is_part: PyTree, state: optax.OptState) -> PyTree:
+    """Of each array of a state, whether it has the shape of a part."""
+    each = zip(jax.tree.leaves(updates), jax.tree.leaves(is_part), strict=True)
+    shapes = {jnp.shape(part) for part, split in each if split}
+    return jax.tree.map(lambda x: jnp.shape(x) in shapes, state)
+
+
 def zero1_mapped(
     tx: optax.GradientTransformation, axis_name: AxisName
 ) -> optax.GradientTransformationExtraArgs:
@@ -116,9 +131,12 @@ def zero1_mapped(
     Parameters are split as by :func:`zero1`: along the first axis that the number of devices
     divides. One that has no such axis is updated whole, on every device.
 
-    Nothing in tx may look beyond one number: a norm, a layer-wise rate or a clip by norm would be
-    of parts. Clip by the global norm before, gradients of which the mean has been taken.
-    :func:`zero1` has no such limits.
+    Where tx asks whether all numbers are finite, as ``optax.apply_if_finite`` and
+    ``optax.skip_not_finite`` do, all devices are asked, and skip the same steps. Such wrappers must
+    be inside: around it each device would decide alone, and wait for others that do not come. What
+    makes a norm or a mean of several numbers, as clips by a norm and layer-wise rates, would make
+    it of a part, and is refused. Clip by the global norm before, gradients of which the mean has
+    been taken; :func:`zero1` has no such limits.
 
     Args:
       tx: a transformation of this library, or ``optax.chain`` or another wrapper with one in it.
@@ -134,7 +152,8 @@ def zero1_mapped(
 
     Raises:
       ValueError: if tx is cautious, which takes a mean over each leaf, has an ``axis_name`` in its
-        storage, or has zero1 or zero1_mapped in it; or, in ``update``, where ``check_vma`` is on.
+        storage, or has zero1 or zero1_mapped in it; or, in ``update``, where ``check_vma`` is on,
+        or an update or the state depends on a norm or a mean of parts.
       TypeError: if tx is not a transformation of this library, or axis_name no name.
 
     Example:
