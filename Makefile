@@ -40,6 +40,7 @@ test-clients: .venv-clients/installed
 # Runs the frameworks themselves beside their recorded runs and our dialects.
 compare: .venv-compare/installed
 	.venv-compare/bin/python tests/compare/record_dialects.py --check
+	.venv-compare/bin/python tests/compare/record_rows.py --check
 	.venv-compare/bin/python tests/compare/record_convert.py --check
 	.venv-compare/bin/python tests/compare/record_forms.py --check
 	.venv-compare/bin/python tests/compare/record_bitsandbytes.py --check

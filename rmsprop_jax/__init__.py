@@ -1,6 +1,6 @@
 """RMSProp for JAX as one pure Optax gradient transformation."""
 
-from rmsprop_jax import convert, dialects, low_memory, recipes, sharding
+from rmsprop_jax import convert, dialects, low_memory, recipes, rows, sharding
 from rmsprop_jax._describe import describe
 from rmsprop_jax._rmsprop import rmsprop, scale_by_rms
 from rmsprop_jax._rule import RMSPropState
@@ -13,6 +13,7 @@ __all__ = [
     "low_memory",
     "recipes",
     "rmsprop",
+    "rows",
     "scale_by_rms",
     "sharding",
 ]

@@ -62,7 +62,7 @@ def ours(runs):
 
     (wide,) = {np.finfo(run.start.dtype).bits == 64 for run in runs}
     with jax.enable_x64(wide):
-        txs = [_dialect(run) for run in runs]
+        txs = [dialect(run) for run in runs]
 
         @jax.jit
         def paths(gradients, starts):
@@ -79,7 +79,7 @@ def ours(runs):
         return jax.device_get(paths([run.gradients for run in runs], [run.start for run in runs]))
 
 
-def _dialect(run):
+def dialect(run):
     """The dialect that has the framework's name, with the options and rates of a run."""
     import jax.numpy as jnp
 

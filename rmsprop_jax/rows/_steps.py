@@ -1,0 +1,109 @@
+"""Steps of a table, each one program: so its bits are the same eagerly as in a larger program."""
+
+from collections.abc import Callable
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from rmsprop_jax._arrays import unfused
+from rmsprop_jax._equations import Slots
+from rmsprop_jax._rule import RMSPropState, Rule
+from rmsprop_jax.rows._missed import caught_up
+from rmsprop_jax.rows._state import RowsState
+from rmsprop_jax.rows._touched import summed
+
+_FIELDS = ("nu", "mu", "trace")
+Result = tuple[jax.Array, RowsState]
+
+
+def _program(f: Callable[..., Result]) -> Callable[..., Result]:
+    """A jitted function of a rule, whose arrays are arguments: new values compile nothing anew."""
+
+    def unjitted(structure: Any, constants: tuple[Any, ...], arrays: Any, *args: Any) -> Result:
+        leaves = [constants[i] if x is None else x for i, x in enumerate(arrays)]
+        return f(structure.unflatten(leaves), *args)
+
+    unjitted.__name__ = f.__name__  # which profiles show
+    program = jax.jit(unjitted, static_argnums=(0, 1))
+
+    @functools.wraps(f)
+    def call(rule: Rule, *args: Any) -> Result:
+        leaves, structure = jax.tree.flatten(rule)
+        is_array = [isinstance(leaf, jax.Array) for leaf in leaves]
+        constants = (None if a else leaf for a, leaf in zip(is_array, leaves, strict=True))
+        arrays = [leaf if a else None for a, leaf in zip(is_array, leaves, strict=True)]
+        return program(structure, tuple(constants), arrays, *args)
+
+    return call
+
+
+@_program
+def stepped(
+    rule: Rule, at: jax.Array, grads: jax.Array, table: jax.Array, state: RowsState
+) -> Result:
+    """After a step of the rows at some places, with a gradient for each place."""
+    at, grads = summed(at, grads, len(table))
+    x, held = _up_to_date(rule, at, table, state)
+    zero = held.count >> 31  # of a number that is never negative
+    updates, held = rule.update(grads, held, x)
+    return _written(at, x + unfused(updates, zero), held, table, state, unique=True)
+
+
+@_program
+def advanced(rule: Rule, at: jax.Array, table: jax.Array, state: RowsState) -> Result:
+    """With the rows at some places up to date."""
+    x, held = _up_to_date(rule, at, table, state)
+    return _written(at, x, held, table, state, unique=False)
+
+
+@_program
+def settled(rule: Rule, table: jax.Array, state: RowsState) -> Result:
+    """With all rows up to date."""
+    inner, steps = state
+    assert steps is not None  # which is checked before
+    slots = Slots(*(getattr(inner, name) for name in _FIELDS))
+    table, slots = caught_up(table, slots, steps, inner.count, rule)
+    inner = inner._replace(**slots._asdict())
+    return table, RowsState(inner, jnp.full_like(steps, inner.count))
+
+
+def _get(array: jax.Array | None, at: jax.Array) -> Any:
+    return None if array is None else array.at[at].get(mode="clip")
+
+
+def _up_to_date(
+    rule: Rule, at: jax.Array, table: jax.Array, state: RowsState
+) -> tuple[jax.Array, RMSPropState]:
+    """Some rows, and the state of the transformation for them."""
+    inner, x = state.inner, _get(table, at)
+    slots = Slots(*(_get(getattr(inner, name), at) for name in _FIELDS))
+    if state.steps is not None:
+        x, slots = caught_up(x, slots, _get(state.steps, at), inner.count, rule)
+    return x, inner._replace(**slots._asdict())
+
+
+def _written(
+    at: jax.Array,
+    x: jax.Array,
+    held: RMSPropState,
+    table: jax.Array,
+    state: RowsState,
+    *,
+    unique: bool,
+) -> Result:
+    """The table and the state with some rows in the place of theirs; beyond the end, with none."""
+
+    def put(array: jax.Array | None, rows: Any) -> Any:
+        if array is None:
+            return None
+        place = array.at[at]
+        return place.set(rows, mode="drop", indices_are_sorted=unique, unique_indices=unique)
+
+    steps = None
+    if state.steps is not None:
+        # Of what is read before, so that XLA writes it where it was: no row is ahead of the count.
+        steps = put(state.steps, jnp.maximum(_get(state.steps, at), held.count))
+    fields = {name: put(getattr(state.inner, name), getattr(held, name)) for name in _FIELDS}
+    return put(table, x), RowsState(held._replace(**fields), steps)

@@ -1,0 +1,49 @@
+"""Which rows a batch touches, and what it adds to each."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rmsprop_jax._leaves import describe
+
+
+def places(indices: Any, rows: int) -> jax.Array:
+    """Indices in one row, as int32; those of no row are the number of rows."""
+    if not hasattr(indices, "dtype") or not jnp.issubdtype(indices.dtype, jnp.integer):
+        raise TypeError(f"indices must be an array of integers, got {describe(indices)}")
+    if not isinstance(indices, jax.core.Tracer):
+        known = np.asarray(indices)
+        wrong = (known < 0) | (known > rows)
+        if wrong.any():
+            at = tuple(map(int, np.argwhere(wrong)[0]))
+            raise ValueError(
+                f"indices must be from 0 to {rows - 1}, or {rows} for no row, got {known[at]} "
+                f"at {list(at)}"
+            )
+    return _in_one_row(indices, rows)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _in_one_row(indices: jax.Array, rows: int) -> jax.Array:
+    indices = indices.ravel()
+    # Compared in their own dtype, in which the number of rows may have no place.
+    if rows > jnp.iinfo(indices.dtype).max:
+        inside = indices >= 0
+    else:
+        inside = (indices >= 0) & (indices < jnp.asarray(rows, indices.dtype))
+    return jnp.where(inside, indices.astype(jnp.int32), jnp.int32(rows))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def summed(indices: jax.Array, grads: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
+    """Each touched row once, in order, and the sum of its gradients.
+
+    What repetitions leave is at the end, with indices beyond the table, all of them different.
+    """
+    size = indices.size
+    each, segment = jnp.unique(indices, size=size, fill_value=rows, return_inverse=True)
+    each = jnp.where(each < rows, each, rows + jnp.arange(size, dtype=jnp.int32))
+    return each, jax.ops.segment_sum(grads, segment.ravel(), size)
