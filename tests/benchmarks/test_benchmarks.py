@@ -26,6 +26,7 @@ import on_gpu
 import reference
 import report
 from rmsprop_jax import rmsprop
+import rows
 import scaling
 import step
 import trees
@@ -34,7 +35,7 @@ pytestmark = pytest.mark.usefixtures("default_promotion")  # as their users run 
 
 # How many rows --quick gives, and how many where all is small.
 BENCHMARKS = {
-    step: (6, 2),
+    step: (10, 4),
     eager: (3, 1),
     compilation: (3, 1),
     memory: (9, 3),
@@ -42,6 +43,7 @@ BENCHMARKS = {
     low_memory_step: (7, 3),
     many_leaves: (4, 2),
     scaling: (16, 4),
+    rows: (2, 2),
 }
 
 
@@ -73,7 +75,9 @@ def test_a_benchmark_runs(benchmark, capsys, monkeypatch):
 @pytest.fixture
 def small(monkeypatch):
     """One form, one leaf, one way to pack, two devices that are used in two ways."""
-    for benchmark in (step, eager, compilation, memory, low_memory_step, on_gpu):
+    rows = ("plain", "plain, master weights")
+    monkeypatch.setattr(step, "ROWS", {name: step.ROWS[name] for name in rows})
+    for benchmark in (eager, compilation, memory, low_memory_step, on_gpu):
         monkeypatch.setattr(benchmark, "FORMS", {"plain": {}})
     monkeypatch.setattr(memory, "STEPS", {"cautious": {"momentum": 0.9, "cautious": True}})
     for benchmark in (eager, many_leaves):
@@ -135,8 +139,8 @@ def test_a_section_that_fails_leaves_the_others(capsys, monkeypatch):
     assert on_gpu.main(["--quick"]) == 3
     printed = capsys.readouterr()
     assert "RuntimeError: out of memory" in printed.err
-    for rows in ([{"holds": "no"}], [{"holds": holds} for holds in ("no", "yes", "")]):
-        assert _results.table(rows, _results.machine()) in printed.out
+    for found in ([{"holds": "no"}], [{"holds": holds} for holds in ("no", "yes", "")]):
+        assert _results.table(found, _results.machine()) in printed.out
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.complex128])
@@ -195,7 +199,8 @@ def test_what_has_to_move_is_counted():
 def test_every_benchmark_is_tested_and_on_the_page():
     scripts = {file.stem for file in report.FOLDER.glob("*.py") if "finish(" in file.read_text()}
     scripts -= {"_results"}
-    assert scripts == {one.__name__ for one in BENCHMARKS} | {"low_memory_quality", "gpu_programs"}
+    elsewhere = {"low_memory_quality", "low_precision_quality", "gpu_programs", "training_memory"}
+    assert scripts == {one.__name__ for one in BENCHMARKS} | elsewhere
     page = report.PAGES[1].read_text()
     names = sorted(name for _, name, _ in report.TABLE.findall(page))
     assert names == sorted(scripts | {*ON_GPU})
