@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import io
 import itertools
+import json
 from pathlib import Path
 import re
 
@@ -16,15 +17,35 @@ from rmsprop_jax import describe, dialects, low_memory, recipes, rmsprop, scale_
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-SNIPPETS = re.findall(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```)?", README, re.DOTALL)
+PAGES = [
+    "README.md",
+    "docs/guide.md",
+    "docs/faq.md",
+    "docs/bfloat16.md",
+    "examples/README.md",
+    "benchmarks/README.md",
+]
+SNIPPET = re.compile(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```)?", re.DOTALL)
+SNIPPETS = SNIPPET.findall(README)
+
+
+def assert_prints(code, printed, names):
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(compile(code, "a page", "exec"), names)
+    assert out.getvalue() == printed
 
 
 @pytest.mark.parametrize(("code", "printed"), SNIPPETS, ids=range(len(SNIPPETS)))
 def test_snippet(code, printed, default_promotion):
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        exec(compile(code, "README.md", "exec"), {"__name__": "__readme__"})
-    assert out.getvalue() == printed
+    assert_prints(code, printed, {"__name__": "__readme__"})
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.startswith("docs/")])
+def test_snippets_of_a_page_run_one_after_the_other(page, default_promotion):
+    names = {"__name__": "__page__"}
+    for code, printed in SNIPPET.findall((ROOT / page).read_text()):
+        assert_prints(code, printed, names)
 
 
 def test_there_are_snippets():
@@ -64,6 +85,19 @@ def test_what_to_write_can_be_written(call):
     tx.init({"w": 1.0, "v": 1.0})
 
 
+def test_the_table_of_bytes_is_measured():
+    """By XLA, of whole steps; mixed precision has gradients of 2 bytes there."""
+    results = json.loads((ROOT / "benchmarks/results/training_memory.json").read_text())["rows"]
+    peaks = {(row["training"], row["form"]): float(row["peak"]) for row in results}
+    found = rows("## Train in half the memory")
+    assert len(found) == 7
+    for training, *parts, plain, momentum, _ in found:
+        way = training.replace("`master_weights`, ", "master weights of ")
+        assert float(plain) == pytest.approx(peaks[way, "plain"], abs=0.03)
+        assert float(momentum) == pytest.approx(peaks[way, "momentum"], abs=0.03)
+        assert sum(float(part) for part in parts if part) == float(plain)
+
+
 def test_all_dialects_and_recipes_are_listed():
     for module in (dialects, recipes):
         name = module.__name__.split(".")[-1]
@@ -95,9 +129,6 @@ def test_the_table_of_errors_is_of_the_recorded_runs():
         assert int(runs) == 2 * sum(not case.constant for case in cases.CASES[framework])
         limits = [1e-11, 5e-5, 5e-5]
         assert all(float(e) <= limit for e, limit in zip(errors, limits, strict=True) if e)
-
-
-PAGES = ["README.md", "docs/guide.md", "docs/faq.md", "examples/README.md", "benchmarks/README.md"]
 
 
 def anchors(page):
