@@ -1,11 +1,12 @@
-"""The shapes of the parameters of four networks, counted as their papers build them.
+"""The shapes of the parameters of five networks, counted as their papers build them.
 
     python benchmarks/trees.py    # prints how many leaves, shapes and parameters each has
 
 He, Zhang, Ren and Sun, arXiv:1512.03385 (ResNet-50); Tan and Le, arXiv:1905.11946
 (EfficientNet-B7); Dosovitskiy and others, arXiv:2010.11929 (ViT-B/16); Radford and others,
 "Language models are unsupervised multitask learners", 2019 (GPT-2, its smallest). Kernels are laid
-out as in Flax, outputs last.
+out as in Flax, outputs last. Touvron and others, arXiv:2302.13971 (Llama, its smallest), for
+arithmetic alone.
 """
 
 from collections.abc import Iterator
@@ -87,6 +88,14 @@ def gpt2() -> Shapes:
     return [(50257, 768), (1024, 768), *transformer(12, 768)]
 
 
+def llama_7b() -> Shapes:
+    """Without biases; a norm has a scale alone, and the MLP a gate."""
+    width, hidden, vocabulary = 4096, 11008, 32000
+    attention, norms = 4 * [(width, width)], 2 * [(width,)]
+    mlp = [(width, hidden), (width, hidden), (hidden, width)]
+    return [(vocabulary, width), *(32 * (attention + mlp + norms)), (width,), (width, vocabulary)]
+
+
 ONE_LEAF: Shapes = [(4096, 4096)]
 
 TREES = {
@@ -102,7 +111,7 @@ def parameters(shapes: Shapes) -> int:
 
 
 if __name__ == "__main__":
-    for name, shapes in TREES.items():
+    for name, shapes in [*TREES.items(), ("Llama-7B", llama_7b())]:
         print(
             f"{name}: {len(shapes)} leaves of {len(set(shapes))} shapes, "
             f"{parameters(shapes):,} parameters"

@@ -2,11 +2,12 @@
 
 :func:`state_sharding` says where each array of a state belongs, given that of the parameters;
 :func:`zero1` under ``jit``, and :func:`zero1_mapped` inside ``pmap`` and ``shard_map``, split the
-state of parameters that every device holds whole.
+state of parameters that every device holds whole; :func:`move_state` takes a state from one number
+of devices to another.
 """
 
-from rmsprop_jax.sharding._state import state_sharding
+from rmsprop_jax.sharding._state import move_state, state_sharding
 from rmsprop_jax.sharding._zero1 import zero1
 from rmsprop_jax.sharding._zero1_mapped import zero1_mapped
 
-__all__ = ["state_sharding", "zero1", "zero1_mapped"]
+__all__ = ["move_state", "state_sharding", "zero1", "zero1_mapped"]

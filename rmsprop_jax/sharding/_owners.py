@@ -10,20 +10,25 @@ import optax
 
 from rmsprop_jax._rule import is_ours
 from rmsprop_jax._storage import Joined
+from rmsprop_jax._types import PyTree
+from rmsprop_jax.sharding._division import filled_shape
 
 
-def owners(state: optax.OptState, params: optax.Params) -> list[int | None]:
+def owners(state: optax.OptState, params: optax.Params, shardings: PyTree) -> list[int | None]:
     """For each array of a state, the number of the parameter that it belongs to.
 
     It has the parameter's path, in the states of other transformations behind that of wrappers and
-    fields, and its shape.
+    fields, and its shape, or that filled up for its sharding.
     """
     numbers = {path: number for number, (path, _) in enumerate(tree_leaves_with_path(params))}
-    shapes = [np.shape(param) for param in jax.tree.leaves(params)]
+    shapes = [
+        {np.shape(param), filled_shape(sharding, np.shape(param))}
+        for param, sharding in zip(jax.tree.leaves(params), jax.tree.leaves(shardings), strict=True)
+    ]
 
     def owner(array: Any, paths: Sequence[Any]) -> int | None:
         for number in map(numbers.get, paths):
-            if number is not None and array.shape == shapes[number]:
+            if number is not None and array.shape in shapes[number]:
                 return number
         return None
 

@@ -1,10 +1,11 @@
 """Trees of shardings: of parameters, and of the arrays in a state that belong to them."""
 
-from collections.abc import Sequence
-import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from jax import lax
+import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.tree_util import tree_leaves_with_path
 import numpy as np
@@ -13,6 +14,14 @@ import optax
 from rmsprop_jax._leaves import leaf_name
 from rmsprop_jax._types import PyTree
 from rmsprop_jax.sharding._arguments import check_shardings
+from rmsprop_jax.sharding._division import (
+    Shape,
+    division,
+    filled_shape,
+    is_even,
+    mesh_axes,
+    part_of,
+)
 from rmsprop_jax.sharding._owners import owners
 
 
@@ -30,7 +39,9 @@ def shardings_of_state(
     Of state and params only the structure and shapes count.
     """
     wanted = jax.tree.leaves(shardings)
-    found = [others if owner is None else wanted[owner] for owner in owners(state, params)]
+    found = [
+        others if owner is None else wanted[owner] for owner in owners(state, params, shardings)
+    ]
     return jax.tree.unflatten(jax.tree.structure(state), found)
 
 
@@ -38,35 +49,50 @@ def check_divided(params: optax.Params, shardings: PyTree) -> None:
     """Refuses shardings that do not divide their parameters."""
     wanted = jax.tree.leaves(shardings)
     for (path, param), sharding in zip(tree_leaves_with_path(params), wanted, strict=True):
-        if not _divides(sharding, np.shape(param)):
+        if not is_even(sharding, np.shape(param)):
             raise ValueError(
                 f"parameter {leaf_name(path)!r} has the shape {np.shape(param)}, which "
                 f"{sharding.spec} does not divide on a mesh of {dict(sharding.mesh.shape)}"
             )
 
 
-def partition_over(axes: Sequence[str], params: optax.Params, shardings: PyTree) -> PyTree:
-    """The shardings of parameters with more axes of the mesh, where they divide a shard.
+def split_over(
+    axes: Sequence[str], params: optax.Params, shardings: PyTree, *, pad: bool
+) -> PyTree:
+    """The shardings of parameters with more axes of the mesh, as :func:`division` has them.
 
-    That is along its first axis that they divide. What has no such axis, or is split over them
-    already, stays as it is.
+    With pad, what a sharding does not divide is filled up. What is split over one of the axes
+    already stays as it is.
     """
 
     def split(param: Any, sharding: NamedSharding) -> NamedSharding:
-        return _with_axes(axes, sharding, np.shape(param))
+        return _with_axes(axes, sharding, np.shape(param), pad)
 
     return jax.tree.map(split, params, shardings)
 
 
-def axis_to_partition(shape: Sequence[int], n: int) -> int | None:
-    """The first axis along which a shape divides in n parts, if those are several."""
-    if n == 1 or 0 in shape:
-        return None
-    return next((axis for axis, size in enumerate(shape) if size % n == 0), None)
+def all_even(shardings: PyTree, params: optax.Params) -> bool:
+    """Whether nothing is filled up."""
+    pairs = zip(jax.tree.leaves(shardings), jax.tree.leaves(params), strict=True)
+    return all(is_even(sharding, np.shape(param)) for sharding, param in pairs)
+
+
+def resized(x: Any, shape: Shape) -> Any:
+    """An array of another shape: along each axis cut, or filled up with zeros."""
+    if np.shape(x) == shape:
+        return x
+    x = x[tuple(map(slice, shape))]
+    lacking = [(0, size - had) for size, had in zip(shape, x.shape, strict=True)]
+    if not any(more for _, more in lacking):
+        return x
+    return np.pad(x, lacking) if isinstance(x, np.ndarray) else jnp.pad(x, lacking)
 
 
 def placed(tree: PyTree, shardings: PyTree) -> PyTree:
-    """The arrays of a tree where they are to be; None stays, and where None is said, all stay."""
+    """The arrays of a tree where they are to be; None stays, and where None is said, all stay.
+
+    What a sharding does not divide is whole outside jit.
+    """
     return jax.tree.map(_placed, shardings, tree, is_leaf=lambda sharding: sharding is None)
 
 
@@ -74,39 +100,74 @@ def _placed(sharding: NamedSharding | None, x: Any) -> PyTree:
     if x is None or sharding is None:
         return x
     if not isinstance(x, jax.core.Tracer):
-        return jax.device_put(x, sharding)
-    if AxisType.Explicit in sharding.mesh.axis_types:
-        return jax.reshard(x, sharding)
-    return jax.lax.with_sharding_constraint(x, sharding)
+        even = is_even(sharding, np.shape(x))
+        return jax.device_put(x, sharding if even else sharding.update(spec=PartitionSpec()))
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return lax.with_sharding_constraint(x, sharding)
+    if AxisType.Auto in jax.sharding.get_abstract_mesh().axis_types:  # inside auto_axes
+        return lax.with_sharding_constraint(x, sharding.spec)
+    return jax.reshard(x, sharding)
+
+
+def unfilled(state: optax.OptState, params: optax.Params, shardings: PyTree) -> optax.OptState:
+    """A state whose arrays have the shapes of their parameters."""
+
+    def cut(x: Any, owner: int | None) -> Any:
+        if owner is None or x.shape == shapes[owner]:
+            return x
+        if not isinstance(x, jax.core.Tracer):  # whole, since the shards are of several sizes
+            x = jax.device_put(x, wanted[owner].update(spec=PartitionSpec()))
+        return _placed(wanted[owner], resized(x, shapes[owner]))
+
+    wanted = jax.tree.leaves(shardings)
+    shapes = [np.shape(param) for param in jax.tree.leaves(params)]
+    leaves, structure = jax.tree.flatten(state)
+    found = owners(state, params, shardings)
+    return jax.tree.unflatten(structure, map(cut, leaves, found))
+
+
+def filled(state: optax.OptState, shardings: PyTree) -> optax.OptState:
+    """A state where it is to be, in arrays that are large enough for that."""
+
+    def fill(sharding: NamedSharding | None, x: Any) -> Any:
+        if sharding is None or x is None:
+            return x
+        return _placed(sharding, resized(x, filled_shape(sharding, np.shape(x))))
+
+    return jax.tree.map(fill, shardings, state, is_leaf=lambda sharding: sharding is None)
+
+
+def unevenly(f: Callable[..., Any], args: tuple[Any, ...], shardings: PyTree) -> Any:
+    """The result of a function, placed so, in whose arrays the shards may be of several sizes.
+
+    Explicit meshes have no such arrays, but for a region in which their axes are Auto.
+    """
+    leaves: list[Any]
+    structure: Any
+    leaves, structure = jax.tree.flatten(args)
+    explicit = any(AxisType.Explicit in one.mesh.axis_types for one in jax.tree.leaves(shardings))
+    if not explicit or not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        return f(*args)
+    arrays = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)}
+
+    def of_arrays(arrays: dict[int, jax.Array]) -> Any:
+        return f(*structure.unflatten(arrays.get(i, leaf) for i, leaf in enumerate(leaves)))
+
+    return jax.sharding.auto_axes(of_arrays, out_sharding=shardings)(arrays)
 
 
 def _with_axes(
-    axes: Sequence[str], sharding: NamedSharding, shape: tuple[int, ...]
+    axes: Sequence[str], sharding: NamedSharding, shape: Shape, pad: bool
 ) -> NamedSharding:
-    sizes = sharding.mesh.shape
-    spec = [_names(entry) for entry in sharding.spec]
-    spec += [()] * (len(shape) - len(spec))
-    if any(name in axes for names in spec for name in names) or not _divides(sharding, shape):
+    spec = mesh_axes(sharding, len(shape))
+    if any(name in axes for names in spec for name in names) or not is_even(sharding, shape):
         return sharding
-    shard = sharding.shard_shape(shape)
-    axis = axis_to_partition(shard, math.prod(sizes[name] for name in axes))
-    if axis is None:
+    sizes = {name: sharding.mesh.shape[name] for name in axes}
+    more = division(part_of(sharding, shape), sizes, pad=pad)
+    if not any(more):
         return sharding
-    spec[axis] = (*spec[axis], *axes)
+    spec = [(*names, *others) for names, others in zip(spec, more, strict=True)]
     while not spec[-1]:  # as jit writes the specs of its results
         spec.pop()
     entries = [names[0] if len(names) == 1 else names or None for names in spec]
     return sharding.update(spec=PartitionSpec(*entries))
-
-
-def _divides(sharding: NamedSharding, shape: Sequence[int]) -> bool:
-    """Whether a sharding has no more axes than a shape, and all shards are of one size."""
-    parts = [math.prod(sharding.mesh.shape[n] for n in _names(entry)) for entry in sharding.spec]
-    return len(parts) <= len(shape) and all(
-        size % n == 0 for size, n in zip(shape, parts, strict=False)
-    )
-
-
-def _names(entry: Any) -> tuple[str, ...]:
-    """The axes of the mesh in one entry of a PartitionSpec."""
-    return entry if isinstance(entry, tuple) else () if entry is None else (entry,)

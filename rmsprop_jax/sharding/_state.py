@@ -1,22 +1,79 @@
-"""The shardings of a state, given those of its parameters."""
+"""Where the arrays of a state are to be, given the shardings of its parameters."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
+from jax.tree_util import KeyPath
 import numpy as np
 import optax
 
 from rmsprop_jax._asking import ask
+from rmsprop_jax._leaves import leaf_name
 from rmsprop_jax._types import PyTree
 from rmsprop_jax.sharding._arguments import check_axes, check_inside, checked, partition_of
-from rmsprop_jax.sharding._placement import (
-    check_divided,
-    shardings_of_params,
-    shardings_of_state,
-)
+from rmsprop_jax.sharding._division import part_of, whole_of
+from rmsprop_jax.sharding._owners import owners
+from rmsprop_jax.sharding._placement import check_divided, resized, shardings_of_params
 from rmsprop_jax.sharding._zero1 import Zero1
 from rmsprop_jax.sharding._zero1_mapped import Zero1Mapped
+
+
+class Place(NamedTuple):
+    """Of an array of a state: whose it is and where.
+
+    Attributes:
+      part: shape of what a device has of it, filled up if need be.
+      dtype: its dtype.
+      sharding: of all of it.
+      owner: the number of its parameter among all, or None.
+    """
+
+    part: tuple[int, ...]
+    dtype: Any
+    sharding: NamedSharding
+    owner: int | None
+
+
+def places(tx: optax.GradientTransformation, params: optax.Params, shardings: PyTree) -> PyTree:
+    """A Place for each array of a state of tx, in a tree like the state."""
+    wrapper = partition_of(tx)
+    inner = checked(tx if wrapper is None else wrapper.tx)
+    wanted = shardings_of_params(shardings, params)
+    meshes = {sharding.mesh for sharding in jax.tree.leaves(shardings)}
+    if len(meshes) != 1:
+        raise ValueError(f"shardings must be on one mesh, got {meshes or shardings}")
+    everywhere = NamedSharding(meshes.pop(), PartitionSpec())
+
+    if isinstance(wrapper, Zero1):
+        own = jax.tree.leaves(wrapper.whole(params))
+        for param, a, b in zip(jax.tree.leaves(params), jax.tree.leaves(wanted), own, strict=True):
+            if not a.is_equivalent_to(b, np.ndim(param)):
+                raise ValueError(f"shardings must be those of zero1, {b}, got {a}")
+    check_divided(params, wanted)
+    if isinstance(wrapper, Zero1):
+        wanted = wrapper.parts(params)
+    if isinstance(wrapper, Zero1Mapped):
+        check_axes("axis_name of zero1_mapped", wrapper.axes, everywhere.mesh)
+        wanted = wrapper.parts(params, wanted)
+        params = jax.tree.map(_part, params, wanted)
+    inside, state = ask(inner.init, params)
+    check_inside(inside)
+
+    arrays, structure = jax.tree.flatten(state)
+    of_params = jax.tree.leaves(wanted)
+    found = []
+    for array, owner in zip(arrays, owners(state, params, wanted), strict=True):
+        sharding = everywhere if owner is None else of_params[owner]
+        is_part = isinstance(wrapper, Zero1Mapped)
+        part = np.shape(array) if is_part else part_of(sharding, np.shape(array))
+        found.append(Place(part, jnp.result_type(array), sharding, owner))
+    return jax.tree.unflatten(structure, found)
+
+
+def is_place(node: Any) -> bool:
+    return isinstance(node, Place)
 
 
 def state_sharding(
@@ -35,7 +92,7 @@ def state_sharding(
     Args:
       tx: a transformation of this library, or any other, as ``optax.chain`` of several: the arrays
         of their states that have the path and shape of a parameter are placed like it, too. For
-        :func:`zero1` and :func:`zero1_mapped` the state is split as they do.
+        :func:`zero1` and :func:`zero1_mapped` the state is split, and filled up, as they do.
       params: tree of parameters, of which only the structure, shapes and dtypes count: arrays or
         ``jax.ShapeDtypeStruct``.
       shardings: those of the parameters: a tree like params of ``jax.sharding.NamedSharding``, or a
@@ -64,34 +121,80 @@ def state_sharding(
       data
       >>> state = jax.jit(tx.init, out_shardings=placed)(params)
     """
-    wrapper = partition_of(tx)
-    inner = checked(tx if wrapper is None else wrapper.tx)
-    wanted = shardings_of_params(shardings, params)
-    meshes = {sharding.mesh for sharding in jax.tree.leaves(shardings)}
-    if len(meshes) != 1:
-        raise ValueError(f"shardings must be on one mesh, got {meshes or shardings}")
-    everywhere = NamedSharding(meshes.pop(), PartitionSpec())
 
-    if isinstance(wrapper, Zero1Mapped):
-        check_axes("axis_name of zero1_mapped", wrapper.axes, everywhere.mesh)
-        wanted = wrapper.parts(params, wanted)
-        params = jax.tree.map(_part, params, wanted)
-    inside, state = ask(inner.init, params)
-    check_inside(inside)
-    if isinstance(wrapper, Zero1):
-        own = jax.tree.leaves(shardings_of_params(wrapper.shardings, params))
-        for param, a, b in zip(jax.tree.leaves(params), jax.tree.leaves(wanted), own, strict=True):
-            if not a.is_equivalent_to(b, np.ndim(param)):
-                raise ValueError(f"shardings must be those of zero1, {b}, got {a}")
-        wanted = wrapper.parts(params)
-    if not isinstance(wrapper, Zero1Mapped):
-        check_divided(params, wanted)
-    if memory_kind is not None:
-        wanted = jax.tree.map(lambda sharding: sharding.with_memory_kind(memory_kind), wanted)
-    return shardings_of_state(state, params, wanted, everywhere)
+    def sharding_of(place: Place) -> NamedSharding:
+        if memory_kind is None or place.owner is None:
+            return place.sharding
+        return place.sharding.with_memory_kind(memory_kind)
+
+    return jax.tree.map(sharding_of, places(tx, params, shardings), is_leaf=is_place)
+
+
+def move_state(
+    tx: optax.GradientTransformation, state: optax.OptState, params: optax.Params, shardings: PyTree
+) -> optax.OptState:
+    """A state from another number of devices, or another way to split it, for this one.
+
+    Which arrays :func:`zero1` and :func:`zero1_mapped` have to fill up with zeros, and how far,
+    depends on the number of devices; here they are cut, or filled up, and placed as
+    :func:`state_sharding` says. For the state on one device, as for a conversion, give a tx without
+    them. Arrays that change their shapes go through the memory of the host, one at a time.
+
+    From a file, Orbax does the same: ``restore(path, target, strict=False)``, whose target has the
+    shapes of ``jax.eval_shape(tx.init, params)`` and the shardings of :func:`state_sharding`.
+
+    Args:
+      tx: the transformation that is to go on.
+      state: that of the same transformation, in zero1 or zero1_mapped or neither, whose arrays
+        this process has as a whole.
+      params: as for :func:`state_sharding`.
+      shardings: the same.
+
+    Returns:
+      The state for tx.
+
+    Raises:
+      ValueError: if state is not one of tx for params; and as :func:`state_sharding`.
+      TypeError: as :func:`state_sharding`.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from jax.sharding import NamedSharding, PartitionSpec as P
+      >>> from rmsprop_jax import rmsprop, sharding
+      >>> mesh = jax.make_mesh((jax.device_count(),), ("data",))
+      >>> params, tx, whole = jnp.ones((15, 13)), rmsprop(0.1), NamedSharding(mesh, P())
+      >>> on_all = sharding.zero1(tx, mesh, "data")
+      >>> state = sharding.move_state(on_all, tx.init(params), params, whole)
+      >>> sharding.move_state(tx, state, params, whole).nu.shape
+      (15, 13)
+    """
+    found = places(tx, params, shardings)
+    wanted: Any = jax.tree.structure(found, is_leaf=is_place)
+    got: Any = jax.tree.structure(state)
+    if wanted != got:
+        raise ValueError(f"state must be one of tx for params, {wanted}, got {got}")
+    shapes = [np.shape(param) for param in jax.tree.leaves(params)]
+
+    def moved(path: KeyPath, place: Place, array: Any) -> Any:
+        shape = whole_of(place.sharding, place.part)
+        least = shape if place.owner is None else shapes[place.owner]
+        enough = np.ndim(array) == len(least) and all(
+            had >= size for had, size in zip(np.shape(array), least, strict=True)
+        )
+        if not enough or (place.owner is None and np.shape(array) != shape):
+            raise ValueError(
+                f"state must be one of tx for params, of shape {least} in {leaf_name(path)!r}, "
+                f"got {np.shape(array)}"
+            )
+        if np.shape(array) != shape:
+            array = resized(np.asarray(array), shape)
+        return jax.device_put(array, place.sharding)
+
+    return jax.tree_util.tree_map_with_path(moved, found, state, is_leaf=is_place)
 
 
 def _part(param: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
     """What a device has of a parameter."""
-    shape = sharding.shard_shape(np.shape(param))
-    return jax.ShapeDtypeStruct(shape, jax.numpy.result_type(param))
+    shape = part_of(sharding, np.shape(param))
+    return jax.ShapeDtypeStruct(shape, jnp.result_type(param))

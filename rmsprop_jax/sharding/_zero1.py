@@ -4,11 +4,12 @@ import dataclasses
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 import optax
 
 from rmsprop_jax._asking import ask, is_asked
 from rmsprop_jax._gradients import without_float0
+from rmsprop_jax._leaves import is_none
 from rmsprop_jax._transformation import transformation
 from rmsprop_jax._types import PyTree
 from rmsprop_jax.sharding._arguments import (
@@ -20,11 +21,15 @@ from rmsprop_jax.sharding._arguments import (
     checked,
 )
 from rmsprop_jax.sharding._placement import (
+    all_even,
     check_divided,
-    partition_over,
+    filled,
     placed,
     shardings_of_params,
     shardings_of_state,
+    split_over,
+    unevenly,
+    unfilled,
 )
 
 AxisName = str | tuple[str, ...]
@@ -43,12 +48,16 @@ class Zero1(Partition):
     def init(self, params: optax.Params) -> optax.OptState:
         if is_asked():
             return self.tx.init(params)
-        check_inside(ask(self.tx.init, params)[0])
+        inside, state = ask(self.tx.init, params)
+        check_inside(inside)
+        check_divided(params, self.whole(params))
         parts = self.parts(params)
-        state = self.tx.init(placed(params, parts))
-        check_divided(params, parts)
         wanted = shardings_of_state(state, params, parts, self.everywhere)
-        return placed(state, wanted)
+
+        def init(params: optax.Params) -> optax.OptState:
+            return filled(self.tx.init(placed(params, parts)), wanted)
+
+        return init(params) if all_even(parts, params) else unevenly(init, (params,), wanted)
 
     def update(
         self,
@@ -60,24 +69,47 @@ class Zero1(Partition):
         updates = without_float0(updates)
         like = updates if params is None else params
         parts = self.parts(like)
-        if params is not None:
-            params = placed(params, parts)
-        updates = placed(updates, parts)
-        updates, state = self.tx.update(updates, state, params, **extra_args)
         # Where a gradient of None is all that is left of a parameter, its state belongs to none.
-        left_out = any(leaf is None for leaf in jax.tree.leaves(like, is_leaf=lambda x: x is None))
+        left_out = any(leaf is None for leaf in jax.tree.leaves(like, is_leaf=is_none))
         others = None if left_out else self.everywhere
-        state = placed(state, shardings_of_state(state, like, parts, others))
-        return placed(updates, shardings_of_params(self.shardings, updates)), state
+
+        def update(
+            updates: optax.Updates,
+            state: optax.OptState,
+            params: optax.Params | None,
+            extra_args: dict[str, Any],
+        ) -> tuple[optax.Updates, optax.OptState]:
+            state = unfilled(state, like, parts)
+            if params is not None:
+                params = placed(params, parts)
+            updates = placed(updates, parts)
+            updates, state = self.tx.update(updates, state, params, **extra_args)
+            state = filled(state, shardings_of_state(state, like, parts, others))
+            return placed(updates, self.whole(updates)), state
+
+        given = updates, state, params, extra_args
+        if all_even(parts, like):
+            return update(*given)
+        wanted = shardings_of_state(state, like, parts, others)
+        if others is None:  # all stay where they are
+            own = jax.tree.map(lambda x: jax.typeof(x).sharding, state)
+            wanted = jax.tree.map(lambda sharding, x: sharding or x, wanted, own, is_leaf=is_none)
+        return unevenly(update, given, (self.whole(updates), wanted))
+
+    def whole(self, params: optax.Params) -> PyTree:
+        """The shardings of the parameters."""
+        return shardings_of_params(self.shardings, params)
 
     def parts(self, params: optax.Params) -> PyTree:
         """The shardings of the parts of the parameters, of which each device has the state."""
-        whole = shardings_of_params(self.shardings, params)
-        return partition_over(self.axes, params, whole)
+        return split_over(self.axes, params, self.whole(params), pad=True)
 
 
 def zero1(
-    tx: optax.GradientTransformation, mesh: Mesh, axis: AxisName, shardings: PyTree = None
+    tx: optax.GradientTransformation,
+    mesh: Mesh | AbstractMesh,
+    axis: AxisName,
+    shardings: PyTree = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The transformation with its state split over an axis of a mesh; parameters stay whole.
 
@@ -85,19 +117,25 @@ def zero1(
     device takes its part; the updates are gathered. The steps are those of tx, whatever is in it:
     under ``jit`` a norm or a mean is of the whole array, however that is split.
 
-    Each parameter is split along its first axis that the number of devices divides. One that has no
-    such axis is not split, nor its state.
+    Each parameter is split along its first axis that the number of devices divides, or over several
+    axes of the mesh along several of its own. One that cannot be divided, of 128 numbers or more,
+    is split along the axis that leaves a device the least, and the arrays of its state are filled
+    up with zeros to a multiple of the number of devices. They are so between steps; tx sees them in
+    the shape of the parameter. A smaller one stays whole, as does its state. For a state of another
+    number of devices there is :func:`move_state`.
 
     Args:
       tx: a transformation of this library, or any other; also ``optax.chain`` of several.
-      mesh: of devices; its axes are all ``Auto`` or all ``Explicit``.
+      mesh: of devices; its axes are all ``Auto`` or all ``Explicit``. A
+        ``jax.sharding.AbstractMesh`` will do to ask :func:`state_sharding` and :func:`report`.
       axis: the axis, or a tuple of axes, over which data are sharded and parameters are not.
       shardings: where the parameters are sharded over other axes of the mesh, a tree like them of
         ``jax.sharding.NamedSharding``, or a prefix of such a tree; None if every device holds all.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` whose ``init`` and ``update`` work under ``jit``
-      and eagerly, and whose state is that of tx.
+      and eagerly, and whose state is that of tx. Eagerly, what is filled up is whole while it is
+      updated.
 
     Raises:
       ValueError: if the mesh has no such axis, or axes of other types; if shardings are on another;
@@ -124,7 +162,7 @@ def zero1(
     models", arXiv:1910.02054, 2019.
     """
     tx = checked(tx)
-    if not isinstance(mesh, Mesh):
+    if not isinstance(mesh, Mesh | AbstractMesh):
         raise TypeError(f"mesh must be a jax.sharding.Mesh, got {mesh!r}")
     axes = axes_of("axis", axis)
     check_axes("axis", axes, mesh)

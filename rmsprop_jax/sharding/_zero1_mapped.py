@@ -18,10 +18,8 @@ from rmsprop_jax._transformation import transformation
 from rmsprop_jax._types import PyTree
 from rmsprop_jax.sharding._arguments import Partition, axes_of, check_inside, checked
 from rmsprop_jax.sharding._beyond import update_of_parts
-from rmsprop_jax.sharding._placement import (
-    axis_to_partition,
-    partition_over,
-)
+from rmsprop_jax.sharding._division import Division, division
+from rmsprop_jax.sharding._placement import resized, split_over
 from rmsprop_jax.sharding._zero1 import AxisName
 
 
@@ -69,7 +67,7 @@ class Zero1Mapped(Partition):
                 "zero1_mapped takes their mean"
             )
         updates = whole = without_float0(updates)
-        is_split = [jax.tree.map(lambda x: self._axis(x) is not None, x) for x in (whole, params)]
+        is_split = [jax.tree.map(lambda x: any(self._division(x)), x) for x in (whole, params)]
         params = jax.tree.map(self._mine, params)
         updates = jax.tree.map(self._mean, updates)
         self.check(ask(self.tx.init, updates if params is None else params)[0])
@@ -83,32 +81,48 @@ class Zero1Mapped(Partition):
 
     def parts(self, params: optax.Params, shardings: PyTree) -> PyTree:
         """The shardings of the parts of the parameters, of which each device has the state."""
-        return partition_over(self.axes, params, shardings)
+        return split_over(self.axes, params, shardings, pad=True)
 
-    def _axis(self, x: Any) -> int | None:
-        return axis_to_partition(jnp.shape(x), lax.axis_size(self.axes))
+    def _division(self, x: Any) -> Division:
+        sizes = {name: lax.axis_size(name) for name in self.axes}
+        return division(jnp.shape(x), sizes, pad=True)
 
     def _mine(self, x: Any) -> Any:
         """The part of a parameter that is this device's."""
-        axis = self._axis(x)
-        if axis is None:
-            return x
-        size = x.shape[axis] // lax.axis_size(self.axes)
-        return lax.dynamic_slice_in_dim(x, lax.axis_index(self.axes) * size, size, axis)
+        for axis, names in enumerate(self._division(x)):
+            if names:
+                x = _filled(x, axis, names)
+                size = x.shape[axis] // lax.axis_size(names)
+                x = lax.dynamic_slice_in_dim(x, lax.axis_index(names) * size, size, axis)
+        return x
 
     def _mean(self, g: Any) -> Any:
         """The part that is this device's of the mean of a gradient over all."""
-        axis, n = self._axis(g), lax.axis_size(self.axes)
+        n, parted = lax.axis_size(self.axes), self._division(g)
         if n == 1:  # XLA does not see for itself that nothing is to be done
             return g
-        if axis is None:
+        if not any(parted):
             return lax.pmean(g, self.axes)
-        return lax.psum_scatter(g, self.axes, scatter_dimension=axis, tiled=True) / n
+        for axis, names in enumerate(parted):
+            if names:
+                g = _filled(g, axis, names)
+                g = lax.psum_scatter(g, names, scatter_dimension=axis, tiled=True)
+        return g / n
 
     def _gathered(self, u: Any, whole: Any) -> Any:
         """An update, from the parts of all devices."""
-        axis = self._axis(whole)
-        return u if axis is None else lax.all_gather(u, self.axes, axis=axis, tiled=True)
+        for axis, names in enumerate(self._division(whole)):
+            if names:
+                u = lax.all_gather(u, names, axis=axis, tiled=True)
+                u = lax.slice_in_dim(u, 0, whole.shape[axis], axis=axis)
+        return u
+
+
+def _filled(x: jax.Array, axis: int, names: tuple[str, ...]) -> jax.Array:
+    """An array whose axis is filled up with zeros so that devices divide it."""
+    n, shape = lax.axis_size(names), list(x.shape)
+    shape[axis] = -(-shape[axis] // n) * n
+    return resized(x, tuple(shape))
 
 
 def is_like(updates: optax.Updates, is_part: PyTree, state: optax.OptState) -> PyTree:
@@ -128,8 +142,8 @@ def zero1_mapped(
     reduce-scatter, updates that, and gathers the updates of all. So take no ``lax.pmean`` before,
     which would be right but in vain; after ``lax.psum`` the gradients would be too large.
 
-    Parameters are split as by :func:`zero1`: along the first axis that the number of devices
-    divides. One that has no such axis is updated whole, on every device.
+    Parameters are split as by :func:`zero1`. What is filled up stays so here: the last devices may
+    have zeros in their parts. What is not split is updated whole, on every device.
 
     Where tx asks whether all numbers are finite, as ``optax.apply_if_finite`` and
     ``optax.skip_not_finite`` do, all devices are asked, and skip the same steps. Such wrappers must

@@ -99,6 +99,7 @@ ORDER = [
     "rows._rows",
     "rows",
     "sharding._arguments",
+    "sharding._division",
     "sharding._owners",
     "sharding._placement",
     "sharding._zero1",

@@ -1,0 +1,93 @@
+"""Which axes of a mesh divide which axes of an array, and what a device then has of it."""
+
+from collections.abc import Mapping, Sequence
+import functools
+import itertools
+import math
+
+from jax.sharding import NamedSharding
+
+Shape = tuple[int, ...]
+Division = tuple[tuple[str, ...], ...]  # for each axis of an array, the mesh's that divide it
+
+_WORTH_PADDING = 128  # numbers in an array
+
+
+def division(shape: Sequence[int], sizes: Mapping[str, int], *, pad: bool) -> Division:
+    """What leaves a device the least of an array.
+
+    Each axis of the mesh, of which the sizes are given, divides one axis of the array, or none. Of
+    several ways to leave as little the first is taken that divides the fewest axes. With pad,
+    either all axes of the mesh divide an array or none does, so that no part is held twice; and one
+    of 128 numbers or more need not be divided evenly: its last parts may be filled up.
+    """
+    return _division(tuple(shape), tuple(sizes.items()), pad)
+
+
+def part_of(sharding: NamedSharding, shape: Shape) -> Shape:
+    """The shape of what a device has of an array, filled up if need be."""
+    return _part_shape(shape, _parts(sharding, len(shape)))
+
+
+def whole_of(sharding: NamedSharding, part: Shape) -> Shape:
+    """The shape of an array of which each device has such a part."""
+    return tuple(size * n for size, n in zip(part, _parts(sharding, len(part)), strict=True))
+
+
+def is_even(sharding: NamedSharding, shape: Shape) -> bool:
+    """Whether a sharding has no more axes than a shape, and all shards are of one size."""
+    return len(sharding.spec) <= len(shape) and _divides(shape, _parts(sharding, len(shape)))
+
+
+def filled_shape(sharding: NamedSharding, shape: Shape) -> Shape:
+    """The shape of an array that is filled up so that a sharding divides it."""
+    return whole_of(sharding, part_of(sharding, shape))
+
+
+def mesh_axes(sharding: NamedSharding, rank: int) -> list[tuple[str, ...]]:
+    """The axes of the mesh for each axis of an array."""
+    spec = [
+        entry if isinstance(entry, tuple) else () if entry is None else (entry,)
+        for entry in sharding.spec
+    ]
+    return spec + [()] * (rank - len(spec))
+
+
+@functools.lru_cache(maxsize=4096)
+def _division(shape: tuple[int, ...], sizes: tuple[tuple[str, int], ...], pad: bool) -> Division:
+    nowhere = len(shape)
+    fill = pad and math.prod(shape) >= _WORTH_PADDING
+
+    def cost(choice: tuple[int, ...]) -> tuple[float, bool, int, tuple[int, ...]]:
+        parts = [1] * nowhere
+        for axis, (_, n) in zip(choice, sizes, strict=True):
+            if axis != nowhere:
+                parts[axis] *= n
+        even, some = _divides(shape, parts), pad and len({*choice}) > 1 and nowhere in choice
+        allowed = (even or fill) and not some
+        numbers = math.prod(_part_shape(shape, parts)) if allowed else math.inf
+        return numbers, not even, len({*choice}), choice
+
+    if 0 in shape or math.prod(n for _, n in sizes) == 1:
+        return ((),) * nowhere
+    best = min(itertools.product(range(nowhere + 1), repeat=len(sizes)), key=cost)
+    return tuple(
+        tuple(name for at, (name, _) in zip(best, sizes, strict=True) if at == axis)
+        for axis in range(nowhere)
+    )
+
+
+def _parts(sharding: NamedSharding, rank: int) -> list[int]:
+    """In how many parts a sharding divides each axis of an array."""
+    sizes = sharding.mesh.shape
+    return [math.prod(sizes[name] for name in names) for names in mesh_axes(sharding, rank)][:rank]
+
+
+def _part_shape(shape: Sequence[int], parts: Sequence[int]) -> tuple[int, ...]:
+    """Of a part of an array, the last of which may be filled up."""
+    return tuple(-(-size // n) for size, n in zip(shape, parts, strict=True))
+
+
+def _divides(shape: Sequence[int], parts: Sequence[int]) -> bool:
+    """Whether nothing has to be filled up."""
+    return all(size % n == 0 for size, n in zip(shape, parts, strict=True))
