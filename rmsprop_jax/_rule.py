@@ -16,7 +16,7 @@ from rmsprop_jax import _checks, _equations, _gradients
 from rmsprop_jax._asking import Part, ask
 from rmsprop_jax._leaves import leaf_name, leaf_numbers
 from rmsprop_jax._schedule import real
-from rmsprop_jax._storage import Slot, is_packed, slots_of, slots_to_step, with_slots
+from rmsprop_jax._storage import Slot, beside, is_packed, slots_of, slots_to_step, with_slots
 from rmsprop_jax._types import PyTree, Scalar
 
 
@@ -79,11 +79,11 @@ class Rule(NamedTuple):
         dtypes = map(storage.dtype, jax.tree.leaves(slots_of(nu), is_leaf=is_packed))
         widest = np.result_type(np.float32, *dtypes)  # of float32 and float64: jnp's may be strict
         return RMSPropState(
-            count=jnp.zeros([], jnp.int32),
+            count=beside(jnp.zeros([], jnp.int32), params),
             nu=nu,
             mu=held("mu", 0.0) if in_use["mu"] else None,
             trace=held("trace", 0.0) if in_use["trace"] else None,
-            weight_sum=jnp.zeros([], widest) if in_use["weight_sum"] else None,
+            weight_sum=beside(jnp.zeros([], widest), params) if in_use["weight_sum"] else None,
         )
 
     def update(

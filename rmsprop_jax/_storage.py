@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 import jax
 from jax import lax
 import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from rmsprop_jax._arrays import clip
@@ -215,3 +216,26 @@ def full_like(param: jax.Array, value: complex | jax.Array, dtype: Any) -> jax.A
     zeros = lax.convert_element_type(lax.lt(real, real), dtype)
     is_zero = not isinstance(value, jax.Array) and value == 0
     return zeros if is_zero else zeros + jnp.asarray(value, dtype)
+
+
+def beside(array: jax.Array, params: PyTree) -> jax.Array:
+    """A small array on every device of the params, as a step leaves it.
+
+    Else a step would be compiled for it once as it is now, and again as it is then.
+    """
+    leaves = jax.tree.leaves(params)
+    full = PartitionSpec(*[None] * array.ndim)  # as jit has it on Explicit meshes, and () on others
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        mesh = jax.typeof(leaves[0]).sharding.mesh
+        return jax.reshard(array, NamedSharding(mesh, full)) if _is_explicit(mesh) else array
+    places = [leaf.sharding for leaf in leaves if getattr(leaf, "committed", False)]
+    if len({frozenset(place.device_set) for place in places}) != 1:
+        return array  # there is no such place, or there are several
+    place = places[0]
+    if isinstance(place, NamedSharding):
+        place = place.update(spec=full if _is_explicit(place.mesh) else PartitionSpec())
+    return jax.device_put(array, place)
+
+
+def _is_explicit(mesh: Any) -> bool:
+    return {*mesh.axis_types} == {AxisType.Explicit}

@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 import jax
 from jax import export
 import jax.numpy as jnp
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import numpy as np
 
-from rmsprop_jax._storage import Joined, is_packed
+from rmsprop_jax._storage import Joined, beside, is_packed
 from rmsprop_jax._types import PyTree
 from rmsprop_jax.low_memory._eight_bit import EightBit, powers_of
 
@@ -73,24 +72,7 @@ def joined(slots: PyTree) -> EightBits:
     found = jax.tree.leaves(slots, is_leaf=is_packed)
     scale = next((slot.scales[0] for slot in found if is_packed(slot)), 0.0)
     scales = jnp.full(max(len(found), 1), scale, jnp.float32)  # never of size 0
-    for array in jax.tree.leaves(codes)[:1]:
-        scales = _beside(scales, array)
-    return EightBits(codes, scales)
-
-
-def _beside(scales: jax.Array, array: jax.Array) -> jax.Array:
-    """The scales on every device of an array, as their own update leaves them."""
-    if isinstance(array, jax.core.Tracer):
-        mesh = jax.typeof(array).sharding.mesh
-        if mesh.axis_types and all(kind == AxisType.Explicit for kind in mesh.axis_types):
-            scales = jax.reshard(scales, NamedSharding(mesh, PartitionSpec(None)))
-        return scales
-    if not getattr(array, "committed", False):
-        return scales
-    sharding = array.sharding
-    if isinstance(sharding, NamedSharding):
-        sharding = sharding.update(spec=PartitionSpec())
-    return jax.device_put(scales, sharding)
+    return EightBits(codes, beside(scales, codes))
 
 
 def _codes(slots: PyTree) -> PyTree:

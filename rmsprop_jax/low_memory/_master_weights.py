@@ -13,7 +13,7 @@ import optax
 from rmsprop_jax import _checks
 from rmsprop_jax._gradients import counterparts, gradients
 from rmsprop_jax._leaves import describe, leaf_name, leaf_numbers, leaf_type
-from rmsprop_jax._storage import full_like
+from rmsprop_jax._storage import beside, full_like
 from rmsprop_jax._transformation import transformation
 from rmsprop_jax._types import PyTree
 from rmsprop_jax.low_memory._parts import CORRECTIONS, joined, moved
@@ -58,7 +58,7 @@ class MasterWeights:
             return full_like(param, 0, dtype) if _is_split(path, param) else optax.MaskedNode()
 
         return MasterWeightsState(
-            count=jnp.zeros([], jnp.int32),
+            count=beside(jnp.zeros([], jnp.int32), params),
             corrections=tree_map_with_path(correction, params) if dtype else None,
             inner_state=self.tx.init(tree_map_with_path(_widened, params)),
         )

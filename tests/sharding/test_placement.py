@@ -241,3 +241,40 @@ def test_python_numbers_are_parameters_too():
         sharding.zero1_mapped(rmsprop(0.1), "x"),
     ):
         assert sharding.state_sharding(tx, {"a": 1.0}, ALL).nu == {"a": ALL}
+
+
+@pytest.mark.parametrize("where", ["split", "everywhere", "second device"])
+def test_a_step_is_compiled_once_after_an_eager_init(where):
+    """The scalars of a state are born where a step leaves them, as the rest of it is."""
+    place = {
+        "split": NamedSharding(MESH, P("x")),
+        "everywhere": ALL,
+        "second device": jax.sharding.SingleDeviceSharding(jax.devices()[1]),
+    }[where]
+    txs = {
+        "plain": rmsprop(optax.linear_schedule(0.1, 0, 9)),
+        "corrected": rmsprop(0.1, bias_correction=True),
+        "q8": rmsprop(0.1, storage=low_memory.q8(min_size=0)),
+        "master weights": low_memory.master_weights(rmsprop(0.1)),
+    }
+    tx, traces = side_by_side(txs), []
+    params = jax.device_put(dict.fromkeys(txs, np.ones((16, 8), np.float32)), place)
+
+    @jax.jit
+    def step(params, state):
+        traces.append(1)
+        updates, state = tx.update(params, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    for _ in range(3):
+        params, state = wait(step)(params, state)
+    assert step._cache_size() == len(traces) == 1
+
+
+def test_scalars_go_to_no_device_where_parameters_are_on_several():
+    """As layers are, each on a device of its own, whose updates are eager."""
+    params = [jax.device_put(jnp.ones(8), device) for device in jax.devices()[:2]]
+    tx = rmsprop(0.1, bias_correction=True)
+    updates, _ = tx.update(params, tx.init(params))
+    assert [u.devices() for u in updates] == [p.devices() for p in params]
