@@ -26,7 +26,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from matplotlib.figure import Figure
 import numpy as np
-from numpy.typing import NDArray
 import optax
 from tqdm import tqdm
 
@@ -118,13 +117,7 @@ def data(mesh: Mesh, tx: optax.GradientTransformation, loss: Loss, params: Param
 
 def fsdp(mesh: Mesh, tx: optax.GradientTransformation, loss: Loss, params: Params) -> Way:
     """Each device has its part of the parameters, too, and the state of that part."""
-
-    def part(param: NDArray[np.float32]) -> NamedSharding:
-        """Along the first axis that divides; all of it if there is none."""
-        axis = next((i for i, size in enumerate(param.shape) if size % mesh.size == 0), None)
-        return NamedSharding(mesh, P() if axis is None else P(*[None] * axis, "data"))
-
-    return in_jit(mesh, tx, loss, params, jax.tree.map(part, params))
+    return in_jit(mesh, tx, loss, params, sharding.fsdp_shardings(params, mesh, "data", min_size=0))
 
 
 def zero1(mesh: Mesh, tx: optax.GradientTransformation, loss: Loss, params: Params) -> Way:

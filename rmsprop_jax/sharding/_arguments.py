@@ -4,12 +4,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 import optax
 
 from rmsprop_jax._asking import Part, ask_without_params
 from rmsprop_jax._transformation import Transformation
 from rmsprop_jax._types import PyTree
+
+AxisName = str | tuple[str, ...]
 
 
 class Partition:
@@ -50,6 +52,12 @@ def axes_of(name: str, value: Any) -> tuple[str, ...]:
     if not axes or not all(isinstance(axis, str) for axis in axes) or len({*axes}) < len(axes):
         raise TypeError(f"{name} must be a name or a tuple of different names, got {value!r}")
     return axes
+
+
+def check_mesh(mesh: Any) -> None:
+    """Refuses what is no mesh, of devices or without them."""
+    if not isinstance(mesh, Mesh | AbstractMesh):
+        raise TypeError(f"mesh must be a jax.sharding.Mesh, got {mesh!r}")
 
 
 def check_axes(name: str, axes: Sequence[str], mesh: Any) -> None:

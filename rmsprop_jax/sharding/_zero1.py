@@ -13,10 +13,12 @@ from rmsprop_jax._leaves import is_none
 from rmsprop_jax._transformation import transformation
 from rmsprop_jax._types import PyTree
 from rmsprop_jax.sharding._arguments import (
+    AxisName,
     Partition,
     axes_of,
     check_axes,
     check_inside,
+    check_mesh,
     check_shardings,
     checked,
 )
@@ -31,8 +33,6 @@ from rmsprop_jax.sharding._placement import (
     unevenly,
     unfilled,
 )
-
-AxisName = str | tuple[str, ...]
 
 
 @jax.tree_util.register_dataclass
@@ -162,8 +162,7 @@ def zero1(
     models", arXiv:1910.02054, 2019.
     """
     tx = checked(tx)
-    if not isinstance(mesh, Mesh | AbstractMesh):
-        raise TypeError(f"mesh must be a jax.sharding.Mesh, got {mesh!r}")
+    check_mesh(mesh)
     axes = axes_of("axis", axis)
     check_axes("axis", axes, mesh)
     if set(mesh.axis_types) not in ({AxisType.Auto}, {AxisType.Explicit}):

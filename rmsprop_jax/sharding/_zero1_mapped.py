@@ -16,11 +16,16 @@ from rmsprop_jax._mapped import varies_over
 from rmsprop_jax._rule import some_rules
 from rmsprop_jax._transformation import transformation
 from rmsprop_jax._types import PyTree
-from rmsprop_jax.sharding._arguments import Partition, axes_of, check_inside, checked
+from rmsprop_jax.sharding._arguments import (
+    AxisName,
+    Partition,
+    axes_of,
+    check_inside,
+    checked,
+)
 from rmsprop_jax.sharding._beyond import update_of_parts
 from rmsprop_jax.sharding._division import Division, division
 from rmsprop_jax.sharding._placement import resized, split_over
-from rmsprop_jax.sharding._zero1 import AxisName
 
 
 @jax.tree_util.register_dataclass

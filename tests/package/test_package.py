@@ -102,6 +102,7 @@ ORDER = [
     "sharding._division",
     "sharding._owners",
     "sharding._placement",
+    "sharding._fsdp",
     "sharding._zero1",
     "sharding._beyond",
     "sharding._zero1_mapped",

@@ -278,3 +278,29 @@ def test_scalars_go_to_no_device_where_parameters_are_on_several():
     tx = rmsprop(0.1, bias_correction=True)
     updates, _ = tx.update(params, tx.init(params))
     assert [u.devices() for u in updates] == [p.devices() for p in params]
+
+
+def test_fsdp_shardings_are_those_that_one_writes_by_hand():
+    assert sharding.fsdp_shardings(PARAMS, MESH, "x", min_size=0) == where(MESH)
+    large = {"kernel": jax.ShapeDtypeStruct((64, 64), jnp.float32), "bias": np.ones(64), "a": 1.0}
+    found = sharding.fsdp_shardings(large, MESH, "x")
+    assert found == {"kernel": NamedSharding(MESH, P("x")), "bias": ALL, "a": ALL}
+    mesh = AbstractMesh((4, 3), ("x", "y"))
+    shapes = {
+        "both": (12, 5),
+        "apart": (9, 8),
+        "four": (4096, 4096),
+        "three": (33, 7),
+        "odd": (7, 7),
+    }
+    params = {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in shapes.items()}
+    found = sharding.fsdp_shardings(params, mesh, ("x", "y"), min_size=10)
+    want = {
+        "both": P(("x", "y")),
+        "apart": P("y", "x"),
+        "four": P("x"),
+        "three": P("y"),
+        "odd": P(),
+    }
+    assert {name: place.spec for name, place in found.items()} == want
+    assert not any(place.spec for place in sharding.fsdp_shardings([1.0], mesh, "y", min_size=0))

@@ -19,6 +19,18 @@ MIXED = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto, AxisType.Ex
 ZERO = sharding.zero1(rmsprop(0.1), MESH, "x")
 CAUTIOUS = optax.chain(rmsprop(0.1, momentum=0.9, cautious=True))
 REFUSED = [
+    (lambda: sharding.fsdp_shardings(PARAMS, ALL, "x"), TypeError, "mesh must be .*, got NamedSh"),
+    (lambda: sharding.fsdp_shardings(PARAMS, MESH, "z"), ValueError, "axis must be of the mesh.*z"),
+    (
+        lambda: sharding.fsdp_shardings(PARAMS, MESH, "x", min_size=-1),
+        ValueError,
+        "min_size must be at least 0, got -1",
+    ),
+    (
+        lambda: sharding.fsdp_shardings(PARAMS, MESH, "x", min_size=0.5),
+        TypeError,
+        "min_size must be an integer, got 0.5",
+    ),
     (lambda: sharding.zero1(rmsprop, MESH, "x"), TypeError, "tx must be a gradient"),
     (lambda: sharding.zero1(rmsprop(0.1), "x", "x"), TypeError, "mesh must be a jax.sharding.Mesh"),
     (
