@@ -8,6 +8,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 import optax
 
 from rmsprop_jax._asking import Part, ask_without_params
+from rmsprop_jax._leaves import is_none
 from rmsprop_jax._transformation import Transformation
 from rmsprop_jax._types import PyTree
 
@@ -66,6 +67,19 @@ def check_axes(name: str, axes: Sequence[str], mesh: Any) -> None:
         raise ValueError(
             f"{name} must be of the mesh, whose axes are {mesh.axis_names}, got {axes}"
         )
+
+
+def check_gradients(grads: optax.Updates, params: optax.Params) -> None:
+    """Refuses gradients in another tree than the parameters; some may be None."""
+    structure: Any = jax.tree.structure(params, is_leaf=is_none)
+    try:
+        structure.flatten_up_to(grads)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"gradients must be in a tree like params, {structure}, got "
+            f"{jax.tree.structure(grads)}. If tx is optax.lookahead, whose parameters are pairs, "
+            "put zero1 or zero1_mapped inside: optax.lookahead(zero1(...), ...)"
+        ) from error
 
 
 def check_shardings(shardings: PyTree) -> None:

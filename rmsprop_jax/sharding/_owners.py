@@ -1,13 +1,15 @@
 """Which arrays of a state belong to which parameter."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
+import warnings
 
 import jax
 from jax.tree_util import tree_leaves_with_path
 import numpy as np
 import optax
 
+from rmsprop_jax._leaves import leaf_name
 from rmsprop_jax._rule import is_ours
 from rmsprop_jax._storage import Joined
 from rmsprop_jax._types import PyTree
@@ -33,6 +35,33 @@ def owners(state: optax.OptState, params: optax.Params, shardings: PyTree) -> li
         return None
 
     return [owner(*found) for found in _arrays(state)]
+
+
+def strays(state: optax.OptState, params: optax.Params, shardings: PyTree) -> list[str]:
+    """The names of arrays that have a parameter's shape, but no parameter's path.
+
+    A wrapper may well have such arrays for its own ends, in shapes that are alike by chance.
+    """
+    paths = {path for path, _ in tree_leaves_with_path(params)}
+    shapes = {np.shape(param) for param in jax.tree.leaves(params)} - {()}
+    names = [leaf_name(path) for path, _ in tree_leaves_with_path(state)]
+    found = zip(names, _arrays(state), owners(state, params, shardings), strict=True)
+    return [
+        name
+        for name, (array, own), owner in found
+        if owner is None and own and paths.isdisjoint(own) and np.shape(array) in shapes
+    ]
+
+
+def warn_of(names: Collection[str]) -> None:
+    """Says which arrays of a state will not be split, if any, though they may be parameters'."""
+    if names:
+        warnings.warn(
+            "the state has arrays with the shapes of parameters, but not their paths, which will "
+            f"be whole on every device: {', '.join(names)}. If tx is optax.lookahead, whose "
+            "parameters are pairs, put zero1 inside: optax.lookahead(zero1(...), ...)",
+            stacklevel=3,
+        )
 
 
 def _arrays(state: optax.OptState) -> Iterator[tuple[Any, Sequence[Any]]]:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
-from jax.tree_util import KeyPath
+from jax.tree_util import KeyPath, tree_leaves_with_path
 import numpy as np
 import optax
 
@@ -14,7 +14,7 @@ from rmsprop_jax._leaves import leaf_name
 from rmsprop_jax._types import PyTree
 from rmsprop_jax.sharding._arguments import check_axes, check_inside, checked, partition_of
 from rmsprop_jax.sharding._division import part_of, whole_of
-from rmsprop_jax.sharding._owners import owners
+from rmsprop_jax.sharding._owners import owners, strays, warn_of
 from rmsprop_jax.sharding._placement import check_divided, resized, shardings_of_params
 from rmsprop_jax.sharding._zero1 import Zero1
 from rmsprop_jax.sharding._zero1_mapped import Zero1Mapped
@@ -28,12 +28,14 @@ class Place(NamedTuple):
       dtype: its dtype.
       sharding: of all of it.
       owner: the number of its parameter among all, or None.
+      stray: whether it has none, but looks as if it should.
     """
 
     part: tuple[int, ...]
     dtype: Any
     sharding: NamedSharding
     owner: int | None
+    stray: bool
 
 
 def places(tx: optax.GradientTransformation, params: optax.Params, shardings: PyTree) -> PyTree:
@@ -61,19 +63,25 @@ def places(tx: optax.GradientTransformation, params: optax.Params, shardings: Py
     inside, state = ask(inner.init, params)
     check_inside(inside)
 
-    arrays, structure = jax.tree.flatten(state)
-    of_params = jax.tree.leaves(wanted)
-    found = []
-    for array, owner in zip(arrays, owners(state, params, wanted), strict=True):
+    other = {*strays(state, params, wanted)}
+    of_params, found = jax.tree.leaves(wanted), []
+    arrays = tree_leaves_with_path(state)
+    for (path, array), owner in zip(arrays, owners(state, params, wanted), strict=True):
         sharding = everywhere if owner is None else of_params[owner]
         is_part = isinstance(wrapper, Zero1Mapped)
         part = np.shape(array) if is_part else part_of(sharding, np.shape(array))
-        found.append(Place(part, jnp.result_type(array), sharding, owner))
-    return jax.tree.unflatten(structure, found)
+        stray = leaf_name(path) in other
+        found.append(Place(part, jnp.result_type(array), sharding, owner, stray))
+    return jax.tree.unflatten(jax.tree.structure(state), found)
 
 
 def is_place(node: Any) -> bool:
     return isinstance(node, Place)
+
+
+def names_of_strays(found: PyTree) -> list[str]:
+    leaves = tree_leaves_with_path(found, is_leaf=is_place)
+    return [leaf_name(path) for path, place in leaves if place.stray]
 
 
 def state_sharding(
@@ -109,6 +117,10 @@ def state_sharding(
         one of these two is inside another wrapper, where it is not known which states are split.
       TypeError: if tx is no gradient transformation, or a sharding no NamedSharding.
 
+    Warns:
+      UserWarning: if arrays of the state have the shape of a parameter, but not its path, so that
+        they will be on every device; so are all in ``optax.lookahead``, with parameters in pairs.
+
     Example:
       >>> import jax
       >>> import jax.numpy as jnp
@@ -127,7 +139,9 @@ def state_sharding(
             return place.sharding
         return place.sharding.with_memory_kind(memory_kind)
 
-    return jax.tree.map(sharding_of, places(tx, params, shardings), is_leaf=is_place)
+    found = places(tx, params, shardings)
+    warn_of(names_of_strays(found))
+    return jax.tree.map(sharding_of, found, is_leaf=is_place)
 
 
 def move_state(
@@ -170,6 +184,7 @@ def move_state(
       (15, 13)
     """
     found = places(tx, params, shardings)
+    warn_of(names_of_strays(found))
     wanted: Any = jax.tree.structure(found, is_leaf=is_place)
     got: Any = jax.tree.structure(state)
     if wanted != got:

@@ -17,11 +17,13 @@ from rmsprop_jax.sharding._arguments import (
     Partition,
     axes_of,
     check_axes,
+    check_gradients,
     check_inside,
     check_mesh,
     check_shardings,
     checked,
 )
+from rmsprop_jax.sharding._owners import strays, warn_of
 from rmsprop_jax.sharding._placement import (
     all_even,
     check_divided,
@@ -52,6 +54,7 @@ class Zero1(Partition):
         check_inside(inside)
         check_divided(params, self.whole(params))
         parts = self.parts(params)
+        warn_of(strays(state, params, parts))
         wanted = shardings_of_state(state, params, parts, self.everywhere)
 
         def init(params: optax.Params) -> optax.OptState:
@@ -68,6 +71,7 @@ class Zero1(Partition):
     ) -> tuple[optax.Updates, optax.OptState]:
         updates = without_float0(updates)
         like = updates if params is None else params
+        check_gradients(updates, like)
         parts = self.parts(like)
         # Where a gradient of None is all that is left of a parameter, its state belongs to none.
         left_out = any(leaf is None for leaf in jax.tree.leaves(like, is_leaf=is_none))
@@ -142,6 +146,11 @@ def zero1(
         if tx has zero1 or zero1_mapped in it.
       TypeError: if tx is no gradient transformation, mesh no Mesh, axis no name, or a sharding no
         NamedSharding.
+      In ``update``, ValueError if gradients are in another tree than params, as those of
+        ``optax.lookahead`` are: zero1 belongs inside that.
+
+    Warns:
+      UserWarning: in ``init``, as :func:`state_sharding`.
 
     Example:
       >>> import jax

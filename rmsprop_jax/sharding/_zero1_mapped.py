@@ -20,6 +20,7 @@ from rmsprop_jax.sharding._arguments import (
     AxisName,
     Partition,
     axes_of,
+    check_gradients,
     check_inside,
     checked,
 )
@@ -72,6 +73,8 @@ class Zero1Mapped(Partition):
                 "zero1_mapped takes their mean"
             )
         updates = whole = without_float0(updates)
+        if params is not None:
+            check_gradients(updates, params)
         is_split = [jax.tree.map(lambda x: any(self._division(x)), x) for x in (whole, params)]
         params = jax.tree.map(self._mine, params)
         updates = jax.tree.map(self._mean, updates)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
+import numpy as np
 import optax
 import pytest
 
@@ -153,3 +154,52 @@ def test_codes_are_split_as_their_parameters_are():
     assert state.nu.codes["v"].sharding.spec == P(None, "x")
     assert state.nu.codes["u"].is_fully_replicated
     assert state.nu.scales.is_fully_replicated
+
+
+PAIRS = optax.LookaheadParams.init_synced({"w": jnp.ones((16, 8)), "b": jnp.ones(8)})
+
+
+def lookahead(tx):
+    return optax.lookahead(tx, 3, 0.5)
+
+
+@pytest.mark.parametrize("make", [lambda: rmsprop(0.1, momentum=0.9), lambda: optax.adam(0.1)])
+@pytest.mark.filterwarnings("ignore:.*has no attribute")
+def test_what_has_a_parameters_shape_but_not_its_path_is_named(make):
+    tx = lookahead(make())
+    with pytest.warns(UserWarning, match=r"on every device: fast_state/.*nu/b, .*nu/w") as caught:
+        placed = sharding.state_sharding(tx, PAIRS, ALL)
+    assert len(caught) == 1
+    assert {*jax.tree.leaves(placed)} == {ALL}
+    zero = sharding.zero1(tx, MESH, "x")
+    with pytest.warns(UserWarning, match=r"put zero1 inside: optax.lookahead\(zero1"):
+        state = zero.init(PAIRS)
+    with pytest.raises(ValueError, match=r"gradients must be in a tree like params, .* got"):
+        zero.update(PAIRS.fast, state, PAIRS)
+
+
+@pytest.mark.usefixtures("default_promotion")  # of optax's own
+def test_zero1_belongs_inside_lookahead():
+    pairs = jax.device_put(PAIRS, ALL)
+    tx, plain = lookahead(ZERO), lookahead(rmsprop(0.1))
+    state = wait(jax.jit(tx.init))(pairs)
+    assert state.fast_state.nu["w"].sharding.spec == P("x")
+    updates, _ = wait(jax.jit(tx.update))(pairs.fast, state, pairs)
+    want, _ = jax.jit(plain.update)(PAIRS.fast, plain.init(PAIRS), PAIRS)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-6), updates, want)
+
+
+def test_gradients_of_zero1_mapped_are_in_the_tree_of_the_parameters():
+    tx = sharding.zero1_mapped(rmsprop(0.1), "x")
+    update = jax.vmap(lambda p: tx.update({"v": p}, None, {"w": p}), axis_name="x", axis_size=8)
+    with pytest.raises(ValueError, match="gradients must be in a tree like params"):
+        update(jnp.ones((8, 16)))
+
+
+@pytest.mark.parametrize("make", [lambda: optax.adafactor(0.1, 4), lambda: optax.lbfgs(0.1)])
+@pytest.mark.usefixtures("default_promotion")  # of optax's own
+def test_shapes_that_are_alike_by_chance_are_nobodys(make):
+    """Factored moments have the paths of their parameters; nothing is said of them."""
+    params = {"a": jnp.ones((16, 8)), "b": jnp.ones(8)}
+    placed = sharding.state_sharding(make(), params, NamedSharding(MESH, P("x")))
+    assert jax.tree.leaves(placed)
