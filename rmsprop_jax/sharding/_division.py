@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 Shape = tuple[int, ...]
 Division = tuple[tuple[str, ...], ...]  # for each axis of an array, the mesh's that divide it
 
-_WORTH_PADDING = 128  # numbers in an array
+WORTH_PADDING = 128  # numbers in an array
 
 
 def division(shape: Sequence[int], sizes: Mapping[str, int], *, pad: bool) -> Division:
@@ -56,7 +56,7 @@ def mesh_axes(sharding: NamedSharding, rank: int) -> list[tuple[str, ...]]:
 @functools.lru_cache(maxsize=4096)
 def _division(shape: tuple[int, ...], sizes: tuple[tuple[str, int], ...], pad: bool) -> Division:
     nowhere = len(shape)
-    fill = pad and math.prod(shape) >= _WORTH_PADDING
+    fill = pad and math.prod(shape) >= WORTH_PADDING
 
     def cost(choice: tuple[int, ...]) -> tuple[float, bool, int, tuple[int, ...]]:
         parts = [1] * nowhere

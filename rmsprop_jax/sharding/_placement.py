@@ -138,9 +138,9 @@ def filled(state: optax.OptState, shardings: PyTree) -> optax.OptState:
 
 
 def unevenly(f: Callable[..., Any], args: tuple[Any, ...], shardings: PyTree) -> Any:
-    """The result of a function, placed so, in whose arrays the shards may be of several sizes.
+    """Calls f, in which the shards of an array may be of several sizes, and places its result.
 
-    Explicit meshes have no such arrays, but for a region in which their axes are Auto.
+    Explicit meshes have no such arrays, but in a region where their axes are Auto.
     """
     leaves: list[Any]
     structure: Any

@@ -83,7 +83,8 @@ class Zero1(Partition):
             params: optax.Params | None,
             extra_args: dict[str, Any],
         ) -> tuple[optax.Updates, optax.OptState]:
-            state = unfilled(state, like, parts)
+            if not even:
+                state = unfilled(state, like, parts)
             if params is not None:
                 params = placed(params, parts)
             updates = placed(updates, parts)
@@ -91,8 +92,8 @@ class Zero1(Partition):
             state = filled(state, shardings_of_state(state, like, parts, others))
             return placed(updates, self.whole(updates)), state
 
-        given = updates, state, params, extra_args
-        if all_even(parts, like):
+        even, given = all_even(parts, like), (updates, state, params, extra_args)
+        if even:
             return update(*given)
         wanted = shardings_of_state(state, like, parts, others)
         if others is None:  # all stay where they are

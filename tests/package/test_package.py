@@ -107,6 +107,7 @@ ORDER = [
     "sharding._beyond",
     "sharding._zero1_mapped",
     "sharding._state",
+    "sharding._report",
     "sharding",
     "dialects._arguments",
     "dialects._others",

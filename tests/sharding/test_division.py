@@ -51,6 +51,15 @@ def test_no_device_has_much_more_than_its_share(name):
     assert max(shares.values()) <= largest
 
 
+@pytest.mark.parametrize("name", TREES)
+def test_shares_on_meshes_of_two_axes(name):
+    """As clusters have them: the devices of a machine, and machines."""
+    whole, shapes = trees.parameters(TREES[name]), collections.Counter(TREES[name])
+    for x, y in itertools.product((4, 8, 12, 16), (3, 8, 12, 32)):
+        held = sum(n * of_one_device(shape, {"x": x, "y": y}) for shape, n in shapes.items())
+        assert x * y * held / whole <= 1.1
+
+
 def test_several_axes_of_a_mesh():
     """They divide one axis of an array or one each, all or some, whichever leaves the least."""
     x4_y2 = {"x": 4, "y": 2}
