@@ -109,13 +109,15 @@ class Zero1Mapped(Partition):
         n, parted = lax.axis_size(self.axes), self._division(g)
         if n == 1:  # XLA does not see for itself that nothing is to be done
             return g
+        first = g.dtype == jnp.float16  # whose sum may be beyond its range
+        g = g / n if first else g
         if not any(parted):
-            return lax.pmean(g, self.axes)
+            g = lax.psum(g, self.axes)
         for axis, names in enumerate(parted):
             if names:
                 g = _filled(g, axis, names)
                 g = lax.psum_scatter(g, names, scatter_dimension=axis, tiled=True)
-        return g / n
+        return g if first else g / n
 
     def _gathered(self, u: Any, whole: Any) -> Any:
         """An update, from the parts of all devices."""

@@ -150,3 +150,15 @@ def test_a_decision_inside_a_branch_is_refused():
     params = jax.tree.map(lambda x: np.broadcast_to(x, (DEVICES, *x.shape)), PARAMS)
     with pytest.raises(ValueError, match=r"^tx must look at one number.*reduce_and"):
         jax.eval_shape(jax.pmap(step, axis_name="x"), params)
+
+
+def test_a_mean_of_float16_does_not_overflow():
+    """Of 8 gradients of 1e4, whose sum float16 has not; split and whole.
+
+    The sum is rounded to 2^-11 a few times, and squared.
+    """
+    tx = sharding.zero1_mapped(rmsprop(1.0), "x")
+    grads = jax.tree.map(lambda x: np.full((DEVICES, *x.shape), 1e4, np.float16), PARAMS)
+    held = jax.pmap(lambda g: tx.update(g, tx.init(g))[1].nu, axis_name="x")(grads)
+    for nu in jax.tree.leaves(held):
+        np.testing.assert_allclose(nu, 0.1 * 1e8, rtol=2**-8)
