@@ -44,6 +44,8 @@ def update_of_parts(
     update: Callable[..., Any], args: tuple[Any, ...], is_part: PyTree, axes: Sequence[str]
 ) -> Any:
     """The value of update(*args), of whose arrays some are this device's parts."""
+    if not any(jax.tree.leaves(is_part)):
+        return update(*args)
     closed, shapes = jax.make_jaxpr(update, return_shape=True)(*args)
     seen = [Seen.PART if part else Seen.WHOLE for part in jax.tree.leaves(is_part)]
     follow = _Following(frozenset(axes))
