@@ -126,8 +126,8 @@ def zero1(
     axes of the mesh along several of its own. One that cannot be divided, of 128 numbers or more,
     is split along the axis that leaves a device the least, and the arrays of its state are filled
     up with zeros to a multiple of the number of devices. They are so between steps; tx sees them in
-    the shape of the parameter. A smaller one stays whole, as does its state. For a state of another
-    number of devices there is :func:`move_state`.
+    the shape of the parameter. Its gradient then takes an all-reduce. A smaller one stays whole, as
+    does its state. For a state of another number of devices there is :func:`move_state`.
 
     Args:
       tx: a transformation of this library, or any other; also ``optax.chain`` of several.

@@ -71,11 +71,11 @@ def structs(arrays, places):
     return jax.tree.map(struct, arrays, places)
 
 
-def compiled(step, mesh, spec, tx, placed):
+def compiled(step, mesh, spec, tx, placed, w=W):
     """The step of parameters of a spec, a state so placed, and data along x."""
-    w = structs(W, NamedSharding(mesh, spec))
-    state = structs(jax.eval_shape(tx.init, W), placed)
-    x = jax.ShapeDtypeStruct((64, SHAPE[0]), jnp.float32, sharding=NamedSharding(mesh, P("x")))
+    state = structs(jax.eval_shape(tx.init, w), placed)
+    w = structs(w, NamedSharding(mesh, spec))
+    x = jax.ShapeDtypeStruct((64, w.shape[0]), jnp.float32, sharding=NamedSharding(mesh, P("x")))
     step = jax.jit(step, donate_argnums=(0, 1), out_shardings=(w.sharding, placed))
     return step.lower(w, state, x).compile()
 
@@ -166,6 +166,30 @@ def test_zero1_mapped(devices, form):
     program = compiled(step, mesh, P(), plain, placed)
     assert collectives(program) == {"reduce-scatter": 1, "all-gather": 1, **PIPED}
     assert temporary(program) <= 1.01
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("is_mapped", [False, True])
+def test_zero1_where_the_state_is_filled_up(devices, is_mapped, axis_type):
+    """Under jit gradients are then reduced whole: no reduce-scatter has parts of several sizes."""
+    mesh = Mesh(devices, ("x",), axis_types=(axis_type,))
+    everywhere, plain = NamedSharding(mesh, P()), rmsprop(0.1, momentum=0.9)
+    w = jax.ShapeDtypeStruct((SHAPE[0] - 4, SHAPE[1] - 1), jnp.float32)
+    of_jit = sharding.zero1(plain, mesh, "x")
+    tx = sharding.zero1_mapped(plain, "x") if is_mapped else of_jit
+    placed, step = sharding.state_sharding(tx, w, everywhere), step_of(tx)
+    if is_mapped:
+        specs = jax.tree.map(lambda place: place.spec, placed)
+        in_specs, out_specs = (P(), specs, P("x")), (P(), specs)
+        step = jax.shard_map(
+            step, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+        )
+    program = compiled(step, mesh, P(), of_jit, placed, w)
+    found = collectives(program)
+    assert found.pop("all-gather") == 1
+    found.pop("collective-permute", None)
+    assert found == {"reduce-scatter" if is_mapped else "all-reduce": 1}
+    assert temporary(program) <= 2.01
 
 
 def test_fully_sharded(devices):
