@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 import optax
 
 from rmsprop_jax._asking import Part, ask_without_params
-from rmsprop_jax._leaves import is_none
+from rmsprop_jax._leaves import is_none, leaf_name
 from rmsprop_jax._transformation import Transformation
 from rmsprop_jax._types import PyTree
 
@@ -67,6 +67,48 @@ def check_axes(name: str, axes: Sequence[str], mesh: Any) -> None:
         raise ValueError(
             f"{name} must be of the mesh, whose axes are {mesh.axis_names}, got {axes}"
         )
+
+
+def check_context(mesh: Mesh | AbstractMesh, axes: Sequence[str], tree: PyTree) -> None:
+    """Refuses to split a tree over a mesh if the program is mapped over it, or runs on another."""
+    context = jax.sharding.get_abstract_mesh()
+    if context.empty:
+        return
+    if any(axis in context.manual_axes for axis in axes):
+        raise ValueError(
+            f"zero1 must not split over {axes} inside jax.shard_map over {context.manual_axes}: "
+            "use zero1_mapped there"
+        )
+    fits = context.axis_names == mesh.axis_names and context.axis_sizes == mesh.axis_sizes
+    kinds = set(context.axis_types) - {AxisType.Manual}
+    if AxisType.Explicit in mesh.axis_types:
+        typed = [jax.typeof(x).sharding.mesh for x in jax.tree.leaves(tree)]
+        inside_auto_axes = any(AxisType.Auto in one.axis_types for one in typed)
+        wanted = AxisType.Auto if inside_auto_axes else AxisType.Explicit
+        fits = fits and kinds == {wanted} and not context.manual_axes
+    else:
+        fits = fits and kinds == {AxisType.Auto}
+    if not fits:
+        raise ValueError(
+            f"zero1 was made for the mesh {_in_words(mesh)}, and must not be used on another, got "
+            f"{_in_words(context)} from jax.set_mesh or jax.shard_map"
+        )
+
+
+def check_not_explicit(tree: PyTree) -> None:
+    """Refuses arrays that are split over axes of a mesh that shard_map leaves Explicit."""
+    for path, x in jax.tree_util.tree_leaves_with_path(tree):
+        spec = getattr(jax.typeof(x).sharding, "spec", ())
+        if any(names is not None for names in spec):
+            raise ValueError(
+                f"zero1_mapped needs axes of the mesh that are Auto where jax.shard_map is not over "
+                f"all of them, got {leaf_name(path)!r} split over an Explicit one, {spec}"
+            )
+
+
+def _in_words(mesh: Any) -> str:
+    axes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+    return ", ".join(f"{name!r} of {size} ({kind.name})" for name, size, kind in axes)
 
 
 def check_gradients(grads: optax.Updates, params: optax.Params) -> None:

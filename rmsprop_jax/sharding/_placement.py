@@ -137,17 +137,24 @@ def filled(state: optax.OptState, shardings: PyTree) -> optax.OptState:
     return jax.tree.map(fill, shardings, state, is_leaf=lambda sharding: sharding is None)
 
 
-def unevenly(f: Callable[..., Any], args: tuple[Any, ...], shardings: PyTree) -> Any:
-    """Calls f, in which the shards of an array may be of several sizes, and places its result.
+def inside_auto(f: Callable[..., Any], args: tuple[Any, ...], shardings: PyTree) -> Any:
+    """Calls f where the axes of the mesh are Auto, and places its result.
 
-    Explicit meshes have no such arrays, but in a region where their axes are Auto.
+    There the shards of an array may be of several sizes, and operations take operands that are
+    split in different ways, which an Explicit mesh refuses. Outside jit there is no such place.
     """
     leaves: list[Any]
     structure: Any
     leaves, structure = jax.tree.flatten(args)
     explicit = any(AxisType.Explicit in one.mesh.axis_types for one in jax.tree.leaves(shardings))
-    if not explicit or not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+    if not explicit:
         return f(*args)
+    if not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        try:
+            return f(*args)
+        except Exception as error:
+            error.add_note("On a mesh with Explicit axes, call zero1 inside jax.jit.")
+            raise
     arrays = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)}
 
     def of_arrays(arrays: dict[int, jax.Array]) -> Any:

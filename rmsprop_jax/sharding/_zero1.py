@@ -17,6 +17,7 @@ from rmsprop_jax.sharding._arguments import (
     Partition,
     axes_of,
     check_axes,
+    check_context,
     check_gradients,
     check_inside,
     check_mesh,
@@ -28,11 +29,11 @@ from rmsprop_jax.sharding._placement import (
     all_even,
     check_divided,
     filled,
+    inside_auto,
     placed,
     shardings_of_params,
     shardings_of_state,
     split_over,
-    unevenly,
     unfilled,
 )
 
@@ -50,6 +51,7 @@ class Zero1(Partition):
     def init(self, params: optax.Params) -> optax.OptState:
         if is_asked():
             return self.tx.init(params)
+        check_context(self.everywhere.mesh, self.axes, params)
         inside, state = ask(self.tx.init, params)
         check_inside(inside)
         check_divided(params, self.whole(params))
@@ -60,7 +62,7 @@ class Zero1(Partition):
         def init(params: optax.Params) -> optax.OptState:
             return filled(self.tx.init(placed(params, parts)), wanted)
 
-        return init(params) if all_even(parts, params) else unevenly(init, (params,), wanted)
+        return inside_auto(init, (params,), wanted)
 
     def update(
         self,
@@ -69,6 +71,7 @@ class Zero1(Partition):
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
+        check_context(self.everywhere.mesh, self.axes, updates)
         updates = without_float0(updates)
         like = updates if params is None else params
         check_gradients(updates, like)
@@ -93,13 +96,11 @@ class Zero1(Partition):
             return placed(updates, self.whole(updates)), state
 
         even, given = all_even(parts, like), (updates, state, params, extra_args)
-        if even:
-            return update(*given)
         wanted = shardings_of_state(state, like, parts, others)
         if others is None:  # all stay where they are
             own = jax.tree.map(lambda x: jax.typeof(x).sharding, state)
             wanted = jax.tree.map(lambda sharding, x: sharding or x, wanted, own, is_leaf=is_none)
-        return unevenly(update, given, (self.whole(updates), wanted))
+        return inside_auto(update, given, (self.whole(updates), wanted))
 
     def whole(self, params: optax.Params) -> PyTree:
         """The shardings of the parameters."""

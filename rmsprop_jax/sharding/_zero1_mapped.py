@@ -22,6 +22,7 @@ from rmsprop_jax.sharding._arguments import (
     axes_of,
     check_gradients,
     check_inside,
+    check_not_explicit,
     checked,
 )
 from rmsprop_jax.sharding._beyond import update_of_parts
@@ -40,6 +41,7 @@ class Zero1Mapped(Partition):
     def init(self, params: optax.Params) -> optax.OptState:
         if is_asked():
             return self.tx.init(params)
+        check_not_explicit(params)
         params = jax.tree.map(self._mine, params)
         self.check(ask(self.tx.init, params)[0])
         return self.tx.init(params)
@@ -73,6 +75,7 @@ class Zero1Mapped(Partition):
                 "zero1_mapped takes their mean"
             )
         updates = whole = without_float0(updates)
+        check_not_explicit((updates, params))
         if params is not None:
             check_gradients(updates, params)
         is_split = [jax.tree.map(lambda x: any(self._division(x)), x) for x in (whole, params)]

@@ -39,15 +39,14 @@ def without_mesh():
     [
         (AxisType.Auto, list(WRAPPED)),
         (AxisType.Explicit, ["alone", "chain"]),
-        pytest.param(AxisType.Explicit, ["q8", "multi steps"], marks=pytest.mark.slow),
+        pytest.param(
+            AxisType.Explicit, [*{*WRAPPED} - {"alone", "chain"}], marks=pytest.mark.slow
+        ),
     ],
     ids=["Auto", "Explicit", "Explicit, others"],
 )
 def test_zero1_around_wrappers(axis_type, names, subtests):
-    """The same bits, for gradients that every device has, in the places of state_sharding.
-
-    Under Explicit meshes the init of optax's own transformations has no mesh.
-    """
+    """The same bits, for gradients that every device has, in the places of state_sharding."""
     mesh = mesh_of(8, axis_type=axis_type)
     everywhere = NamedSharding(mesh, P())
     txs = {name: sharding.zero1(WRAPPED[name](), mesh, "x") for name in names}
