@@ -101,8 +101,8 @@ def check_not_explicit(tree: PyTree) -> None:
         spec = getattr(jax.typeof(x).sharding, "spec", ())
         if any(names is not None for names in spec):
             raise ValueError(
-                f"zero1_mapped needs axes of the mesh that are Auto where jax.shard_map is not over "
-                f"all of them, got {leaf_name(path)!r} split over an Explicit one, {spec}"
+                "zero1_mapped needs Auto axes where jax.shard_map leaves axes of the mesh out, "
+                f"got {leaf_name(path)!r} split over an Explicit one, {spec}"
             )
 
 

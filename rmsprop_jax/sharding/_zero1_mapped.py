@@ -159,11 +159,18 @@ def zero1_mapped(
     have zeros in their parts. What is not split is updated whole, on every device.
 
     Where tx asks whether all numbers are finite, as ``optax.apply_if_finite`` and
-    ``optax.skip_not_finite`` do, all devices are asked, and skip the same steps. Such wrappers must
-    be inside: around it each device would decide alone, and wait for others that do not come. What
-    makes a norm or a mean of several numbers, as clips by a norm and layer-wise rates, would make
-    it of a part, and is refused. Clip by the global norm before, gradients of which the mean has
-    been taken; :func:`zero1` has no such limits.
+    ``optax.skip_not_finite`` do, all devices are asked, and they skip the same steps. A norm or a
+    mean of several numbers, as in clipping by norm and layer-wise rates, would be that of a part,
+    and is refused.
+
+    Wrappers of both kinds may go around it, as in ``optax.chain(optax.clip_by_global_norm(1.0),
+    zero1_mapped(...))``, if the gradients were averaged with ``lax.pmean`` first. Without that,
+    each device would decide by its own gradients, and replicas would part, or wait for each other
+    forever. :func:`zero1` has no such limits.
+
+    Where ``jax.shard_map`` is over some axes of the mesh only (``axis_names``), the others must be
+    Auto, and the shardings for :func:`state_sharding` must leave them out: its specs are then what
+    ``jax.shard_map`` takes. XLA splits the state over the other axes as it does the parameters.
 
     Args:
       tx: a transformation of this library, or ``optax.chain`` or another wrapper with one in it.

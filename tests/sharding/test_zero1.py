@@ -39,9 +39,7 @@ def without_mesh():
     [
         (AxisType.Auto, list(WRAPPED)),
         (AxisType.Explicit, ["alone", "chain"]),
-        pytest.param(
-            AxisType.Explicit, [*{*WRAPPED} - {"alone", "chain"}], marks=pytest.mark.slow
-        ),
+        pytest.param(AxisType.Explicit, [*{*WRAPPED} - {"alone", "chain"}], marks=pytest.mark.slow),
     ],
     ids=["Auto", "Explicit", "Explicit, others"],
 )
