@@ -1,4 +1,4 @@
-"""The table "What you gain over optax.rmsprop" of the README: both sides of each of its rows."""
+"""The table "What you gain over optax.rmsprop" on the page "From Optax": both sides of each of its rows."""
 
 from pathlib import Path
 
@@ -405,9 +405,9 @@ if optax.__version__ == "0.2.8":  # what the table speaks of
         THEIRS[case]()
 
 
-def test_the_readme_lists_these_rows():
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    table = readme.split("## What you gain over `optax.rmsprop`")[1].split("\n## ")[0]
+def test_the_page_lists_these_rows():
+    page = (Path(__file__).parents[2] / "docs/how-to/from-optax.md").read_text()
+    table = page.split("## What you gain over `optax.rmsprop`")[1].split("\n## ")[0]
     cases = [
         line.split(" | ")[0].removeprefix("| ") for line in table.splitlines() if " | " in line
     ]

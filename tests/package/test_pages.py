@@ -1,4 +1,4 @@
-"""Every snippet of the README runs, and prints what stands below it; so do its tables."""
+"""The README and the pages of docs/: snippets run, tables are true, links lead somewhere."""
 
 import contextlib
 import inspect
@@ -16,17 +16,17 @@ import record_dialects
 from rmsprop_jax import describe, dialects, low_memory, recipes, rmsprop, scale_by_rms
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
 PAGES = [
     "README.md",
-    "docs/guide.md",
-    "docs/faq.md",
-    "docs/bfloat16.md",
     "examples/README.md",
     "benchmarks/README.md",
+    *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").rglob("*.md")),
 ]
 SNIPPET = re.compile(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```)?", re.DOTALL)
-SNIPPETS = SNIPPET.findall(README)
+
+
+def text(page):
+    return (ROOT / page).read_text()
 
 
 def assert_prints(code, printed, names):
@@ -36,34 +36,27 @@ def assert_prints(code, printed, names):
     assert out.getvalue() == printed
 
 
-@pytest.mark.parametrize(("code", "printed"), SNIPPETS, ids=range(len(SNIPPETS)))
-def test_snippet(code, printed, default_promotion):
-    assert_prints(code, printed, {"__name__": "__readme__"})
-
-
-@pytest.mark.parametrize("page", [page for page in PAGES if page.startswith("docs/")])
+@pytest.mark.parametrize("page", [page for page in PAGES if SNIPPET.search(text(page))])
 def test_snippets_of_a_page_run_one_after_the_other(page, default_promotion):
     names = {"__name__": "__page__"}
-    for code, printed in SNIPPET.findall((ROOT / page).read_text()):
+    for code, printed in SNIPPET.findall(text(page)):
         assert_prints(code, printed, names)
 
 
-def test_there_are_snippets():
-    assert len(SNIPPETS) >= 6
-
-
-def rows(heading):
+def rows(page, heading):
     """The cells of the first table after some words."""
-    lines = README.split(heading, 1)[1].splitlines()
+    lines = text(page).split(heading, 1)[1].splitlines()
     table = itertools.dropwhile(lambda line: not line.startswith("|"), lines)
     _, _, *table = itertools.takewhile(lambda line: line.startswith("|"), table)
     return [[cell.strip() for cell in line.strip("| ").split(" |")] for line in table]
 
 
+WHICH = "docs/which.md"
+DIALECTS = rows(WHICH, "## Dialects") + rows(WHICH, "### Frameworks without")
 CALLS = [
-    *(row[-1] for row in rows("## Which RMSProp do you mean?")),
-    *(row[1].split("`, ")[0] for row in rows("### You wrote X, write Y")),
-    *(row[0] for row in rows("### Published settings")),
+    *(row[-1] for row in DIALECTS),
+    *(row[1].split("`, ")[0] for row in rows(WHICH, "## You wrote X, write Y")),
+    *(row[0] for row in rows(WHICH, "## Recipes: published settings")),
 ]
 
 
@@ -89,7 +82,7 @@ def test_the_table_of_bytes_is_measured():
     """By XLA, of whole steps; mixed precision has gradients of 2 bytes there."""
     results = json.loads((ROOT / "benchmarks/results/training_memory.json").read_text())["rows"]
     peaks = {(row["training"], row["form"]): float(row["peak"]) for row in results}
-    found = rows("## Train in half the memory")
+    found = rows("docs/how-to/small-state.md", "MEMORY HEADING")
     assert len(found) == 7
     for training, *parts, plain, momentum, _ in found:
         way = training.replace("`master_weights`, ", "master weights of ")
@@ -101,12 +94,12 @@ def test_the_table_of_bytes_is_measured():
 def test_all_dialects_and_recipes_are_listed():
     for module in (dialects, recipes):
         name = module.__name__.split(".")[-1]
-        assert all(f"`{name}.{one}(" in README for one in module.__all__)
+        assert all(f"`{name}.{one}(" in text(WHICH) for one in module.__all__)
 
 
 def test_the_table_of_dialects_is_true():
     """ε, start value and the learning rate's place, as the calls beside them have it."""
-    for _, eps, start, rate, decay, call in rows("## Which RMSProp do you mean?"):
+    for _, eps, start, rate, decay, call in DIALECTS:
         rule = eval(call.strip("`"), {"dialects": dialects, "rmsprop": rmsprop}).part
         assert float(re.search(r"1e-\d+", eps)[0]) == rule.hyper.eps, call
         outside = eps.startswith("outside") or "outside without" in eps
@@ -121,7 +114,7 @@ def test_the_table_of_dialects_is_true():
 
 
 def test_the_table_of_errors_is_of_the_recorded_runs():
-    compared = {row[0].strip("`"): row[1:] for row in rows("as a share of the way from the start")}
+    compared = {row[0].strip("`"): row[1:] for row in rows(WHICH, "### How exact the dialects are")}
     assert list(compared) == list(cases.CASES)
     for framework, (equals, runs, *errors) in compared.items():
         record = record_dialects.load(framework)
@@ -133,14 +126,16 @@ def test_the_table_of_errors_is_of_the_recorded_runs():
 
 def anchors(page):
     """Of its headings, as GitHub makes them."""
-    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    without_code = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", without_code, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_and_pictures_lead_somewhere(page):
     page = ROOT / page
-    for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+    without_code = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", without_code):
         if target.startswith("https://"):
             continue
         file, _, heading = target.partition("#")
@@ -162,16 +157,18 @@ def test_the_guide_speaks_of_examples_that_are_there():
             thing = getattr(thing, part)
 
 
-def test_commands_exist():
-    """Each make target and each script that the README names."""
-    targets = re.findall(r"^make ([\w-]+)", README, re.MULTILINE)
-    makefile = (ROOT / "Makefile").read_text()
-    assert targets
-    for target in targets:
+@pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md"])
+def test_commands_exist(page):
+    """Each make target and each script that a page names."""
+    makefile = text("Makefile")
+    for target in re.findall(r"^make ([\w-]+)", text(page), re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
-    gallery = (ROOT / "examples" / "README.md").read_text()
-    for script in re.findall(r"python ((?:examples|benchmarks|tests)/\S+\.py)", README + gallery):
+    for script in re.findall(r"python ((?:examples|benchmarks|tests)/\S+\.py)", text(page)):
         assert (ROOT / script).is_file(), script
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_bytes()) <= 8 * 1024
 
 
 def test_the_gallery_has_every_example_and_picture():
