@@ -19,7 +19,8 @@ import numpy as np
 from _results import RESULTS, Row, markdown, table
 
 FOLDER = Path(__file__).parent
-PAGES = (FOLDER.parent / "README.md", FOLDER / "README.md")
+EMBEDDINGS = FOLDER.parent / "docs" / "how-to" / "embeddings.md"
+PAGES = (FOLDER.parent / "README.md", FOLDER / "README.md", EMBEDDINGS)
 PICTURES = FOLDER / "pictures"
 TABLE = re.compile(r"(<!-- table: ([\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 

@@ -82,7 +82,7 @@ def test_the_table_of_bytes_is_measured():
     """By XLA, of whole steps; mixed precision has gradients of 2 bytes there."""
     results = json.loads((ROOT / "benchmarks/results/training_memory.json").read_text())["rows"]
     peaks = {(row["training"], row["form"]): float(row["peak"]) for row in results}
-    found = rows("docs/how-to/small-state.md", "MEMORY HEADING")
+    found = rows("docs/how-to/small-state.md", "## Train in half the memory")
     assert len(found) == 7
     for training, *parts, plain, momentum, _ in found:
         way = training.replace("`master_weights`, ", "master weights of ")

@@ -3,6 +3,8 @@
 import collections
 import itertools
 import math
+from pathlib import Path
+import re
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ from rmsprop_jax import rmsprop, sharding
 from rmsprop_jax.sharding._division import division
 import trees
 
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "many-devices.md"
 TREES = trees.TREES | {"Llama-7B": trees.llama_7b()}
 # Up to how many devices each has at most 1.1 of an equal share, and the most that one has on up to
 # 512: the axes of ResNet-50's kernels have 64 to 2048 numbers, those of Llama 4096 and more.
@@ -38,6 +41,13 @@ def of_one_device(shape, sizes, pad=True):
     return math.prod(-(-size // n) for size, n in zip(shape, parts, strict=True))
 
 
+def share(name, sizes):
+    """How many equal shares of a network's state one device of a mesh has."""
+    shapes = collections.Counter(TREES[name])
+    held = sum(times * of_one_device(shape, sizes) for shape, times in shapes.items())
+    return math.prod(sizes.values()) * held / trees.parameters(TREES[name])
+
+
 @pytest.mark.parametrize("name", TREES)
 def test_no_device_has_much_more_than_its_share(name):
     shapes, whole = collections.Counter(TREES[name]), trees.parameters(TREES[name])
@@ -54,10 +64,21 @@ def test_no_device_has_much_more_than_its_share(name):
 @pytest.mark.parametrize("name", TREES)
 def test_shares_on_meshes_of_two_axes(name):
     """As clusters have them: the devices of a machine, and machines."""
-    whole, shapes = trees.parameters(TREES[name]), collections.Counter(TREES[name])
     for x, y in itertools.product((4, 8, 12, 16), (3, 8, 12, 32)):
-        held = sum(n * of_one_device(shape, {"x": x, "y": y}) for shape, n in shapes.items())
-        assert x * y * held / whole <= 1.1
+        assert share(name, {"x": x, "y": y}) <= 1.1
+
+
+def test_the_table_of_shares_is_computed():
+    """Of one axis, or two, and the number of devices up to which none has more than 1.1."""
+    section = PAGE.read_text().split("## How even the shares are\n")[1].split("\n## ")[0]
+    lines = [line.strip("| ") for line in section.splitlines() if line.startswith("|")]
+    header, _, *rows = ([cell.strip() for cell in line.split("|")] for line in lines)
+    sizes_of = [map(int, re.findall(r"\d+", cell)) for cell in header[1:-1]]
+    meshes = [dict(zip("xy", sizes, strict=False)) for sizes in sizes_of]
+    assert {row[0] for row in rows} == {*TREES}
+    for name, *shares, up_to in rows:
+        assert shares == [f"{share(name, sizes):.3f}" for sizes in meshes]
+        assert int(up_to) == SHARES[name][0]
 
 
 def test_several_axes_of_a_mesh():
