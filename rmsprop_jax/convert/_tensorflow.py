@@ -159,7 +159,9 @@ def tensorflow_v1_slots(
         slot: ending(f".OPTIMIZER_SLOT/{optimizer}/{slot}/.ATTRIBUTES/VARIABLE_VALUE")
         for slot in _SLOTS.values()
     }
-    if not slots["rms"]:
+    if slots["rms"]:  # legacy Keras without momentum has no slot of it
+        slots = {slot: found for slot, found in slots.items() if found}
+    else:
         numbers = ("", "_1", "_2", "_3")
         first, second, third, fourth = (ending(optimizer + number) for number in numbers)
         if fourth:
@@ -167,11 +169,10 @@ def tensorflow_v1_slots(
                 f"{sorted(fourth, key=str)} have four slots {optimizer!r} or more: "
                 "they are of several optimizers, and whose is which is not known"
             )
-        slots = {"rms": first, "mg": second if third else {}, "momentum": third or second}
-    if not slots["rms"]:
-        raise ValueError(f"no variable is named like 'w/{optimizer}': {sorted(variables)[:20]}")
-    if not slots["mg"]:
-        del slots["mg"]
+        if not first:
+            raise ValueError(f"no variable is named like 'w/{optimizer}': {sorted(variables)[:20]}")
+        mean = {"mg": second} if third else {}
+        slots = {"rms": first, **mean, "momentum": third or second}
     for slot, found in slots.items():
         if differ := sorted(set(found) ^ set(slots["rms"]), key=str):
             raise ValueError(f"{differ} have a slot 'rms' or a slot {slot!r}, but not both")

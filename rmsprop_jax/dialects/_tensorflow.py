@@ -114,7 +114,7 @@ def keras(
       -0.3662 0.1000
 
     Equals ``keras.optimizers.RMSprop`` of Keras 3.15. Its clipping, averaging of weights and
-    accumulation of gradients are Optax's: the README has the recipes.
+    accumulation of gradients are Optax's: "From Keras and TensorFlow" in the docs has them.
 
     Source: keras/src/optimizers/rmsprop.py and base_optimizer.py.
     """

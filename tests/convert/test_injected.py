@@ -15,7 +15,7 @@ GROUP = {"lr": 0.01, "alpha": 0.99, "eps": 1e-8, "weight_decay": 0, "momentum": 
 SLOTS = {"step": 5, "square_avg": [4.0, 9.0], "momentum_buffer": [1.0, -2.0]}
 GIVEN = {"state": {0: SLOTS}, "param_groups": [GROUP]}
 GRADS = {"w": jnp.array([3.0, -1.0])}
-# As the README has it.
+# As the page "From PyTorch" has it.
 INJECTED = optax.inject_hyperparams(dialects.pytorch, static_args=("weight_decay", "momentum"))
 
 

@@ -118,6 +118,22 @@ def test_tensorflow_slots_by_name():
         convert.tensorflow_v1_slots(variables | two)
 
 
+def test_legacy_keras_has_no_slot_of_a_momentum_that_is_off():
+    """As its checkpoints have it, recorded from tf_keras 2.21."""
+    name = "{}/.OPTIMIZER_SLOT/optimizer/{}/.ATTRIBUTES/VARIABLE_VALUE"
+    plain = {name.format(of, "rms"): np.ones(2) for of in "ab"}
+    assert convert.tensorflow_v1_slots(plain, "optimizer").keys() == {"rms"}
+    tx = dialects.keras_legacy(0.1)
+    slots = convert.tensorflow_v1_slots(plain, "optimizer")
+    params = {"a": jnp.ones(2), "b": jnp.ones(2)}
+    state = convert.from_tensorflow_v1(slots, params, {"a": "a", "b": "b"}, tx, steps=7)
+    assert state.count == 7
+    np.testing.assert_array_equal(state.nu["b"], 1)
+    centered = plain | {name.format("a", "mg"): np.zeros(2)}
+    with pytest.raises(ValueError, match=r"\['b'\] have a slot 'rms' or a slot 'mg'"):
+        convert.tensorflow_v1_slots(centered, "optimizer")
+
+
 def test_tensorflow_keeps_a_momentum_that_is_left_alone():
     tx = dialects.tensorflow_v1(0.1)
     params, state = begun(tx, tree())

@@ -55,7 +55,11 @@ WHICH = "docs/which.md"
 DIALECTS = rows(WHICH, "## Dialects") + rows(WHICH, "### Frameworks without")
 CALLS = [
     *(row[-1] for row in DIALECTS),
-    *(row[1].split("`, ")[0] for row in rows(WHICH, "## You wrote X, write Y")),
+    *(
+        row[1].split("`, ")[0]
+        for page in ("docs/how-to/from-pytorch.md", "docs/how-to/from-keras-and-tensorflow.md")
+        for row in rows(page, "### You wrote X, write Y")
+    ),
     *(row[0] for row in rows(WHICH, "## Recipes: published settings")),
 ]
 
