@@ -1,4 +1,4 @@
-"""The table "What you gain over optax.rmsprop" on the page "From Optax": both sides of each of its rows."""
+"""The table of gains on the page "From Optax": both sides of each of its rows."""
 
 from pathlib import Path
 
