@@ -16,17 +16,20 @@ On a cluster, run it once a process, with a folder that all of them see. They fi
 
 The network of simplenet.py learns the airfoil's noise, each device from its part of every batch.
 Every so many steps the parameters and the optimizer's state are saved. If a process dies, the
-others end within seconds, with a code that is not 0; the same command goes on from the last
-checkpoint and ends with the bits of a run that nothing happened to, also with other processes
-that have as many devices. On SIGTERM, which schedulers send before they take a machine away, or
-Ctrl-C with --processes, all save the step they are at and end with code 143. Prints the test loss
-and a hash of the parameters.
+others end within seconds, with a code that is not 0; the same command goes on from the newest
+checkpoint that is whole and ends with the bits of a run that nothing happened to, also with other
+processes that have as many devices. If the disk is full, the run ends, and what was saved stays.
+On SIGTERM, which schedulers send before they take a machine away, or Ctrl-C with --processes, all
+save the step they are at and end with code 143. What cannot be done is refused with code 2. Two
+runs cannot share a folder: a lock keeps the second out, but there is none in a bucket (gs://...).
+Prints the test loss and a hash of the parameters.
 """
 
 import argparse
 from collections.abc import Sequence
+import errno
 import functools
-import hashlib
+import logging
 import os
 import signal
 import socket
@@ -43,11 +46,13 @@ import orbax.checkpoint as ocp
 from tqdm import tqdm
 
 import real_data
+import recovery
 from rmsprop_jax import rmsprop
 import simplenet
 from simplenet import Rows, SimpleNet
 
 PATIENCE = 10  # seconds of silence after which a process counts as dead
+REFUSED = 2  # the code of a run that would fail again
 
 
 def launch(processes: int, argv: Sequence[str]) -> None:
@@ -80,8 +85,11 @@ def launch(processes: int, argv: Sequence[str]) -> None:
     codes = [child.wait() for child in children]
     if any(codes):
         ends = ", ".join(f"process {i} {end(code)}" for i, code in enumerate(codes))
+        if REFUSED in codes:
+            print(f"multi_process.py: {ends}", file=sys.stderr)
+            sys.exit(REFUSED)
         raise SystemExit(
-            f"multi_process.py: {ends}; the same command goes on from the last checkpoint"
+            f"multi_process.py: {ends}; the same command goes on from the newest whole checkpoint"
         )
 
 
@@ -117,17 +125,32 @@ def train(args: argparse.Namespace, x: Rows, y: Rows) -> tuple[SimpleNet, int]:
         optimizer.update(model, nnx.grad(simplenet.mse)(model, x, y))
         return nnx.state((model, optimizer))
 
+    flags = {name: getattr(args, name) for name in ("data", "seed", "batch", "learning_rate")}
+    run = {**flags, "devices": jax.device_count()}
+    step = 0
+    if found := recovery.newest_whole(args.checkpoint, state, flags):
+        step = found.step
+        to_devices = functools.partial(jax.make_array_from_process_local_data, replicated)
+        state = jax.tree.map(to_devices, found.state)
+        if me == 0 and found.run != run:
+            counts = f"{found.run['devices']} devices before, {run['devices']} now"
+            print(f"{counts}: the result may differ in its last bits", flush=True)
+
+    # Not in the background: if the disk is full for one process there, the others wait for it.
     options = ocp.CheckpointManagerOptions(
-        save_interval_steps=args.every, max_to_keep=3, cleanup_tmp_directories=True
+        save_interval_steps=args.every,
+        max_to_keep=3,
+        cleanup_tmp_directories=True,
+        enable_async_checkpointing=False,
     )
     # Not in a with statement: left by an exception, it would wait for processes that are gone.
     manager = ocp.CheckpointManager(args.checkpoint, options=options)
-    step = manager.latest_step() or 0
-    if step:
-        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-        state = manager.restore(step, args=ocp.args.StandardRestore(target))
     devices = f"{jax.local_device_count()} of {jax.device_count()} devices"
     print(f"process {me} of {processes}: {devices}, from step {step}", flush=True)
+
+    def save(force: bool = False) -> None:
+        if force or manager.should_save(step):
+            manager.save(step, args=recovery.contents(state, run), force=force)
 
     with tqdm(initial=step, total=args.steps, unit="step", disable=me > 0) as bar:
         while step < args.steps and not manager.reached_preemption(step):
@@ -138,23 +161,21 @@ def train(args: argparse.Namespace, x: Rows, y: Rows) -> tuple[SimpleNet, int]:
             # Steps under way at once can hang a machine of few cores.
             state = jax.block_until_ready(train_step(state, *parts))
             step += 1
-            manager.save(step, args=ocp.args.StandardSave(state))
+            save()
             bar.update()
     if step > (manager.latest_step() or 0):
-        manager.save(step, args=ocp.args.StandardSave(state), force=True)
+        save(force=True)
     manager.close()
     return nnx.merge(graph, jax.device_get(state))[0], step
 
 
-def sha256(model: SimpleNet) -> str:
-    """Of the bytes of all parameters."""
-    params = jax.tree.leaves(nnx.state(model, nnx.Param))
-    return hashlib.sha256(b"".join(np.asarray(p).tobytes() for p in params)).hexdigest()
-
-
 def work(args: argparse.Namespace) -> None:
     """One process of them all."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # what Orbax logs, it raises, too
     x, y, x_test, y_test = load(args.data, args.seed)
+    if args.coordinator:
+        where = f"at {args.coordinator}, for up to 5 minutes"
+        print(f"process {args.process} waits for all {args.processes} {where}", flush=True)
     try:
         jax.distributed.initialize(
             args.coordinator,
@@ -165,31 +186,69 @@ def work(args: argparse.Namespace) -> None:
             shutdown_timeout_seconds=6 * PATIENCE,  # one that is slow to end is not dead
         )
     except ValueError as error:
-        raise SystemExit(f"multi_process.py: no cluster: {error} Try --processes 2") from None
+        raise recovery.RunError(f"no cluster: {error} Try --processes 2") from None
     me, devices = jax.process_index(), jax.device_count()
-    if args.batch > len(x) or args.batch % devices:
-        raise SystemExit(
-            f"multi_process.py: --batch must be a multiple of {devices}, the number of devices, "
-            f"and at most {len(x)}"
-        )
     try:
-        model, step = train(args, x, y)
+        recovery.check_devices()
+        own = ("process", "coordinator")
+        recovery.check_same({name: flag for name, flag in vars(args).items() if name not in own})
+        args.batch = args.batch or min(128, len(x)) // devices * devices
+        if not 0 < args.batch <= len(x) or args.batch % devices:
+            raise recovery.RunError(
+                f"--batch must be a multiple of {devices}, the number of devices, and at most "
+                f"{len(x)}, the number of rows, but is {args.batch}"
+            )
+        with recovery.lock(args.checkpoint):
+            model, step = train(args, x, y)
+    except recovery.RunError:
+        raise
     except Exception:
-        traceback.print_exc()
-        saved = max(ocp.utils.checkpoint_steps(args.checkpoint), default=0)
-        print(
-            f"process {me}: cannot go on, maybe as another process is gone; "
-            f"the same command goes on from step {saved}",
-            file=sys.stderr,
-            flush=True,
-        )
+        explain(me, args.checkpoint)
         os._exit(1)  # sys.exit would wait for the process that is gone
     if step < args.steps:
         print(f"process {me}: stopped by SIGTERM, step {step} is saved", flush=True)
         sys.exit(128 + signal.SIGTERM)
     if me == 0:
         loss = float(simplenet.mse(model, x_test, y_test))
-        print(f"Step {step}, test loss {loss:.4f}, parameters {sha256(model)}", flush=True)
+        parameters = recovery.sha256(nnx.state(model, nnx.Param))
+        print(f"Step {step}, test loss {loss:.4f}, parameters {parameters}", flush=True)
+
+
+def explain(me: int, folder: str) -> None:
+    """Says why the run ends, while the error is handled, and where it will go on."""
+    trace = traceback.format_exc()
+    if any(os.strerror(code) in trace for code in (errno.ENOSPC, errno.EDQUOT)):
+        reason = f"the disk is full, nothing more can be saved in {folder}; once there is room"
+    else:
+        print(trace, file=sys.stderr)
+        reason = "cannot go on, maybe as another process is gone;"
+    step = max(ocp.utils.checkpoint_steps(folder), default=0)
+    message = f"process {me}: {reason} the same command goes on from step {step}"
+    print(message, file=sys.stderr, flush=True)
+
+
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends the program, naming the flag, if one makes no sense."""
+    if any(n is not None and n < 1 for n in (args.processes, args.steps, args.every, args.batch)):
+        parser.error("--processes, --steps, --every and --batch must be at least 1")
+    if not 0 <= args.seed < 2**32:
+        parser.error(f"--seed must be from 0 to {2**32 - 1}, but is {args.seed}")
+    if not 0 < args.learning_rate <= float(np.finfo(np.float32).max):
+        parser.error(f"--learning-rate must be a positive float32, but is {args.learning_rate}")
+    if args.coordinator is None and args.process is None:
+        return
+    if None in (args.coordinator, args.process, args.processes):
+        parser.error("--coordinator and --process need each other, and --processes")
+    if not 0 <= args.process < args.processes:
+        parser.error(
+            f"--process must be from 0 to {args.processes - 1}, as there are "
+            f"{args.processes} --processes, but is {args.process}"
+        )
+    host, _, port = args.coordinator.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        parser.error(
+            f"--coordinator must be HOST:PORT, as in 10.0.0.1:1234, but is {args.coordinator}"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -202,13 +261,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", choices=["random", "airfoil"], default="airfoil")
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--every", type=int, default=50, help="steps from checkpoint to checkpoint")
-    parser.add_argument("--batch", type=int, default=128, help="rows, of all devices together")
+    parser.add_argument(
+        "--batch", type=int, help="rows, of all devices together; default 128, or all if less"
+    )
     parser.add_argument("--learning-rate", type=float, default=0.002)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--checkpoint", default="out/multi_process", help="a folder, or gs://...")
     args = parser.parse_args(argv)
-    if any(n is not None and n < 1 for n in (args.processes, args.steps, args.every, args.batch)):
-        parser.error("--processes, --steps, --every and --batch must be at least 1")
+    check(parser, args)
     if "://" not in args.checkpoint:
         args.checkpoint = os.path.abspath(args.checkpoint)
     if args.processes is not None and args.coordinator is None:
@@ -220,5 +280,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except real_data.DataError as error:
-        raise SystemExit(f"multi_process.py: {error}") from None
+    except (real_data.DataError, recovery.RunError) as error:
+        print(f"multi_process.py: {error}", file=sys.stderr, flush=True)
+        sys.exit(REFUSED)
