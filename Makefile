@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: example example-airfoil test test-all test-oldest test-tpu test-gpu test-clients compare benchmark lint clean
+.PHONY: example example-airfoil test test-all test-oldest test-tpu test-gpu test-clients test-docs docs compare benchmark lint clean
 
 example: .venv/examples-installed
 	$(BIN)/python examples/simplenet.py --out out/simplenet.png
@@ -36,6 +36,16 @@ test-gpu: .venv-gpu/installed
 # The programs of other libraries' users, with our RMSProp and with Optax's.
 test-clients: .venv-clients/installed
 	.venv-clients/bin/python -m pytest --numprocesses=2 tests/clients
+
+# The site, in out/docs/index.html. A warning, a broken reference or a broken link is an error.
+docs: .venv-docs/installed
+	rm -rf out/docs out/doctrees
+	.venv-docs/bin/sphinx-build --builder html --nitpicky --fail-on-warning --keep-going \
+	  --doctree-dir out/doctrees docs out/docs
+
+# How the site is made, and, in a headless Chromium where there is one, what became of it.
+test-docs: docs
+	.venv-docs/bin/python -m pytest --numprocesses=2 tests/docs
 
 # Runs the frameworks themselves beside their recorded runs and our dialects.
 compare: .venv-compare/installed
@@ -91,6 +101,11 @@ clean:
 .venv-clients/installed: pyproject.toml
 	$(PYTHON) -m venv .venv-clients
 	.venv-clients/bin/python -m pip install --quiet --editable '.[clients]'
+	touch $@
+
+.venv-docs/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --editable '.[docs]'
 	touch $@
 
 .venv-benchmark/installed: pyproject.toml

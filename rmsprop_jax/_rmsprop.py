@@ -68,7 +68,7 @@ def rmsprop(
     keep float32 parameters and let the network round them.
 
     A centered s goes to 0 where the gradients hardly change, and the step then grows up to
-    learning_rate |g| / sqrt(eps): choose eps accordingly.
+    ``learning_rate |g| / sqrt(eps)``: choose eps accordingly.
 
     The five hyperparameters that are called a number below may each be a scalar array, or a
     schedule: a function from the number of earlier steps to a number or scalar array. All three

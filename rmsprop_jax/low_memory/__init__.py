@@ -8,10 +8,10 @@ the nearest, an average whose steps are smaller than half the distance of its ne
 moves again. No random key is kept: the bits are a hash of the seed, the step, the leaf's path and
 the place in the leaf, the same eagerly, compiled, in a loop and in whatever way ``jit`` shards.
 
-bytes a parameter        float32   bfloat16   q8
-second moment, variance  4         2          1
-momentum                 4         2          1
-mean, centered only      4         2          2
+    bytes a parameter        float32   bfloat16   q8
+    second moment, variance  4         2          1
+    momentum                 4         2          1
+    mean, centered only      4         2          2
 
 In both, a gradient that is not finite acts on its own coordinate in its own step as it does in
 float32. It never enters second moments and means, which then only decay; of momentum, NaN never

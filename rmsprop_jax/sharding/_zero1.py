@@ -148,7 +148,7 @@ def zero1(
         if tx has zero1 or zero1_mapped in it.
       TypeError: if tx is no gradient transformation, mesh no Mesh, axis no name, or a sharding no
         NamedSharding.
-      In ``update``, ValueError if gradients are in another tree than params, as those of
+      ValueError: in ``update``, if gradients are in another tree than params, as those of
         ``optax.lookahead`` are: zero1 belongs inside that.
 
     Warns:
