@@ -1,4 +1,4 @@
-"""Operations on one array that is real or complex."""
+"""Operations on one array, real or complex."""
 
 from collections.abc import Callable
 import math
@@ -22,9 +22,9 @@ def clip(z: jax.Array, bound: float) -> jax.Array:
 
 
 def by_parts(f: Callable[..., jax.Array], *zs: jax.Array) -> jax.Array:
-    """The value of f on real arrays; of the real and of the imaginary parts, if one is complex.
+    """The value of f on real arrays; on real and imaginary parts separately if one is complex.
 
-    A real array then counts for both.
+    A real array then serves as both parts.
     """
     if not any(map(jnp.iscomplexobj, zs)):
         return f(*zs)
@@ -33,38 +33,38 @@ def by_parts(f: Callable[..., jax.Array], *zs: jax.Array) -> jax.Array:
 
 
 def widen(z: Any, real: jnp.dtype) -> jax.Array:
-    """The array z in the precision of the arithmetic, real or complex as it was."""
+    """The array z in the precision of the arithmetic; it stays real or complex."""
     return z.astype(jnp.result_type(real, jnp.complex64) if jnp.iscomplexobj(z) else real)
 
 
 def narrow(z: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """The array z as dtype; what is beyond its range becomes its largest number."""
+    """The array z as dtype; a value beyond the range of dtype becomes its largest number."""
     largest = float(jnp.finfo(dtype).max)
     return (clip(z, largest) if largest < float(jnp.finfo(z.dtype).max) else z).astype(dtype)
 
 
 def unfused(x: jax.Array, zero: jax.Array) -> jax.Array:
-    """The array x, where zero is an int32 scalar 0 of which the compiler does not know that.
+    """The array x minus zero, an int32 scalar 0 that the compiler does not know to be 0.
 
-    So it can fuse the product x with this difference, which leaves out no rounding, but not with a
-    sum that follows, which would: in one program but not in another. It then has the same bits in
-    both. (Less 0, and not plus: -0 stays -0.)
+    The compiler may fuse a product x with this difference, which skips no rounding. It cannot fuse
+    it with a sum that follows, which would skip one, in one program but not in another. So x is
+    bit-identical in both. (Minus 0 rather than plus 0: -0 stays -0.)
     """
     return x - zero.astype(x.dtype)
 
 
 def once(f: Callable[[jax.Array], jax.Array], x: jax.Array, zero: jax.Array) -> jax.Array:
-    """The value f(x), where zero is as in unfused: in a branch of which the compiler does not know
-    that it is always taken.
+    """The value f(x), in a branch that the compiler does not know to be always taken.
 
-    XLA:CPU then writes it in the place of x, and does not compute it again where it is used.
+    XLA:CPU then writes it in place of x, and does not compute it again where it is used. zero is
+    as in unfused.
     """
     return lax.cond(zero == 0, f, lambda x: x, x)
 
 
 @jax.custom_jvp
 def straight_through(x: jax.Array, exact: jax.Array) -> jax.Array:  # noqa: ARG001
-    """The array x, with the derivatives of what it was rounded from."""
+    """The array x, with the derivatives of exact, from which it was rounded."""
     return x
 
 
@@ -74,7 +74,7 @@ def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def share_of(flags: jax.Array, real: jnp.dtype) -> jax.Array:
-    """Which part of them is true; 0 of none."""
+    """The fraction of flags that is true; 0 if there are none."""
 
     def mean(flags: jax.Array) -> jax.Array:
         return jnp.sum(flags.astype(real)) / real.type(max(flags.size, 1))
@@ -83,7 +83,7 @@ def share_of(flags: jax.Array, real: jnp.dtype) -> jax.Array:
 
 
 def _counted(flags: jax.Array, real: jnp.dtype) -> jax.Array:
-    """The same. For a single sum XLA:CPU keeps all that is added, but not for two in one loop."""
+    """The same. XLA:CPU stores the operands of a single sum, but not of two sums in one loop."""
     true = flags.astype(jnp.int32)
     # What int32 cannot count is added in floating point.
     counted = [axis for axis in range(flags.ndim) if math.prod(flags.shape[axis:]) < 2**31]

@@ -1,7 +1,7 @@
-"""Which parts of this library are in a transformation: it is asked, not taken apart.
+"""Finds which parts of this library are in a transformation, by asking it rather than parsing it.
 
-Every part reports itself when its ``init`` or ``update`` is called, wherever it is. So who calls
-those of a wrapper, without computing anything, hears of all that is in it, and of nothing else.
+Every part reports itself when its ``init`` or ``update`` is called, wherever it is nested. So
+tracing those of a wrapper, without computing anything, reveals exactly the parts that it contains.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ Init = Callable[[optax.Params], optax.OptState]
 
 
 class Part(Protocol):
-    """The two functions of a transformation as methods; a pytree with all that they depend on."""
+    """The two functions of a transformation as methods of a pytree that holds what they use."""
 
     def init(self, params: optax.Params) -> Any:
         """The state before the first step."""
@@ -38,7 +38,7 @@ class Part(Protocol):
 
 
 class Report(NamedTuple):
-    """A part, and the state that its init gave; None if it was an update."""
+    """A part, and the state that its init returned; None if its update was called."""
 
     part: Part
     state: optax.OptState
@@ -52,20 +52,20 @@ _QUESTIONS = itertools.count()
 
 
 def report(part: Any, state: optax.OptState = None) -> None:
-    """Tells whoever has asked that a part is here."""
+    """Records that a part was called, if anybody is collecting reports."""
     found = _REPORTS.get()
     if found is not None:
         found.append(Report(part, state))
 
 
 def is_asked() -> bool:
-    """Whether init is called only to learn which parts are in a transformation."""
+    """Whether init is called only to learn which parts a transformation has."""
     return _ASKED.get()
 
 
 @contextlib.contextmanager
 def reports() -> Iterator[list[Report]]:
-    """What reports itself in this context, where all is run as it is written."""
+    """Collects the reports made in this context, in which jit is disabled."""
     found: list[Report] = []
     token = _REPORTS.set(found)
     try:
@@ -76,10 +76,10 @@ def reports() -> Iterator[list[Report]]:
 
 
 def ask(init: Init, params: optax.Params) -> tuple[list[Part], PyTree]:
-    """The parts that init calls, and the shapes and dtypes of its state.
+    """The parts whose init is called by init, and the shapes and dtypes of its state.
 
-    Nothing is computed. What is known only when it is, stands as a ``jax.ShapeDtypeStruct`` in a
-    part: hyperparameters that ``optax.inject_hyperparams`` has in its state.
+    Nothing is computed. Values that only a computation would yield, such as hyperparameters that
+    ``optax.inject_hyperparams`` keeps in its state, appear in a part as ``jax.ShapeDtypeStruct``.
     """
     leaves: list[Any]
     structure: Any
@@ -96,7 +96,7 @@ def ask(init: Init, params: optax.Params) -> tuple[list[Part], PyTree]:
 
     token = _ASKED.set(True)
     try:
-        # A trace that was kept reports nothing. None was kept of what has this context.
+        # A cached trace reports nothing. This context is new, so no trace is cached for it.
         with set_xla_metadata(rmsprop_jax=str(next(_QUESTIONS))):
             jax.eval_shape(traced, [leaves[i] for i in numbers])
     finally:
@@ -106,15 +106,15 @@ def ask(init: Init, params: optax.Params) -> tuple[list[Part], PyTree]:
 
 
 def ask_without_params(init: Init) -> list[Part] | None:
-    """The parts that init calls for trees that stand in for parameters; None if that says nothing.
+    """The parts that init calls for placeholder parameters; None if these reveal nothing.
 
-    With a tree of masks or labels a wrapper takes only what has its form, or what Optax itself
-    gives to an init of unknown parameters.
+    A wrapper with a tree of masks or labels accepts only trees of the same structure, or the
+    placeholder that Optax itself passes to an init whose parameters are unknown.
     """
     found: list[list[Part]] = []
     trees: list[PyTree] = [_placeholder(), {}, jax.ShapeDtypeStruct((1,), jnp.float32)]
     for tree in trees:
-        with contextlib.suppress(Exception):  # whatever a wrapper raises for want of its own tree
+        with contextlib.suppress(Exception):  # whatever a wrapper raises without its own tree
             found.append(ask(init, tree)[0])
     most = max(found, key=len, default=[])
     return most if most or len(found) == len(trees) else None
@@ -122,7 +122,7 @@ def ask_without_params(init: Init) -> list[Part] | None:
 
 @functools.cache
 def _placeholder() -> PyTree:
-    """What Optax gives to an init of unknown parameters, and its wrappers know."""
+    """What Optax passes to an init whose parameters are unknown, and its wrappers recognize."""
     found: list[PyTree] = []
 
     def init(params: optax.Params) -> tuple[()]:
@@ -134,7 +134,7 @@ def _placeholder() -> PyTree:
 
 
 def untraced(tree: PyTree) -> PyTree:
-    """A tree with the shapes and dtypes of what is traced in it."""
+    """A tree in which each tracer is replaced by its shape and dtype."""
     return jax.tree.map(
         lambda leaf: (
             jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)

@@ -16,7 +16,7 @@ from rmsprop_jax._storage import Joined
 LARGEST = float(np.finfo(np.float32).max)
 
 
-# Of the numbers that have bounds, under the names that this library and others give them.
+# The bounds of numbers, under the names that this library and others give them.
 _BOUNDS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("decay", "alpha", "rho", "gamma"), (0, 1)),
     **dict.fromkeys(("eps", "epsilon", "momentum", "weight_decay"), (0, math.inf)),
@@ -29,9 +29,9 @@ _MAY_BE_NONE = ("momentum", "weight_decay")
 def number(
     name: str, value: Any, bounds: tuple[float, float] | None = None, *, schedule: bool = True
 ) -> Any:
-    """value, as a float if it is a Python or NumPy number, which must lie within its bounds.
+    """value, as a float if it is a Python or NumPy number, which must be within its bounds.
 
-    What a JAX array or a schedule will hold may not be known yet: those pass unread.
+    JAX arrays and schedules pass unchecked, since their values may not be known yet.
     """
     low, high = bounds or _BOUNDS.get(name, (-math.inf, math.inf))
     if schedule and callable(value):
@@ -59,7 +59,7 @@ def number(
 
 
 def integer(name: str, value: Any, low: int | None = None) -> int:
-    """value, which must be an integer, of any size from low on."""
+    """value, which must be an integer, and at least low."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if low is not None and value < low:
@@ -75,7 +75,7 @@ def flag(name: str, value: Any) -> bool:
 
 
 def is_trained(path: KeyPath, param: Any) -> bool:
-    """Whether a parameter has real or complex values to move; integers, bools and keys have not."""
+    """Whether a parameter is real or complex, and so trained; integers, bools and keys are not."""
     if leaf_type(param).kind is not None:
         return True
     dtype = getattr(param, "dtype", None)
@@ -96,11 +96,11 @@ def instance(name: str, value: Any, protocol: type) -> Any:
 
 
 def state(value: Any, kind: Any, in_use: dict[str, bool], joins: Collection[str]) -> None:
-    """Refuses what is not a state of a kind, or one whose fields in use, or joined, are others."""
+    """Refuses a value that is not a state of this kind, or has other fields in use or joined."""
     if not isinstance(value, kind):
         raise TypeError(f"state must be of type {kind.__name__}, got {type(value).__name__}")
     for field, used in in_use.items():
-        # Where the parameters are None as a whole, so are all slots.
+        # If the parameters are None as a whole, so are all slots.
         if (getattr(value, field) is not None) != used and value.nu is not None:
             raise ValueError(
                 f"state.{field} must {'not ' if used else ''}be None: this state was made by a "
@@ -111,7 +111,7 @@ def state(value: Any, kind: Any, in_use: dict[str, bool], joins: Collection[str]
         if held is not None and isinstance(held, Joined) != (field in joins):
             raise TypeError(
                 f"state.{field} must be of this storage, got {type(held).__name__}: "
-                "convert.change_storage gives the state of another one"
+                "convert.change_storage converts the state of another one"
             )
         if isinstance(held, Joined):
             held.check(field)

@@ -1,4 +1,4 @@
-"""Which rule a transformation follows, in words and numbers."""
+"""The description of a transformation: its equations and hyperparameters, as text."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -12,23 +12,23 @@ from rmsprop_jax._storage import FLOAT32
 
 
 def describe(tx: optax.GradientTransformation, params: optax.Params | None = None) -> str:
-    """The equations that a transformation follows, and the numbers in them.
+    """Describes the RMSProp inside a transformation: its equations and hyperparameters, as text.
 
     Args:
       tx: what :func:`rmsprop_jax.rmsprop`, a dialect or a recipe returns, also inside
-        ``optax.chain``, ``optax.partition``, ``optax.inject_hyperparams`` and any other wrapper.
-      params: tree of parameters, of which only the structure, shapes and dtypes count. Needed where
-        a wrapper does not work without its tree, as one with a tree of labels.
+        ``optax.chain``, ``optax.partition``, ``optax.inject_hyperparams`` or any other wrapper.
+      params: tree of parameters, of which only the structure, shapes and dtypes matter. Needed only
+        if a wrapper does not work without its own tree, for instance one with a tree of labels.
 
     Returns:
-      A line for each equation, in the order in which they act, then the start value and the
-      hyperparameters. One such paragraph for each different RMSProp that is found; what else is in
-      a chain with it is counted, not told. Nor is what a wrapper does, but for
-      :func:`rmsprop_jax.low_memory.master_weights`, whose bits are told.
+      One line for each equation, in the order of computation, then the start value and the
+      hyperparameters. There is one such paragraph for each distinct RMSProp in tx. The other
+      transformations in a chain are counted but not described, nor is what a wrapper does, except
+      :func:`rmsprop_jax.low_memory.master_weights`, whose number of bits is given.
 
     Raises:
-      TypeError: if there is none.
-      ValueError: if params are needed.
+      TypeError: if tx contains no RMSProp of this library.
+      ValueError: if params are needed but missing.
 
     Example:
       >>> import optax
@@ -76,7 +76,7 @@ def describe(tx: optax.GradientTransformation, params: optax.Params | None = Non
 
 
 class _Told(NamedTuple):
-    """A rule, and what is beside it in words."""
+    """A rule, and the text about what surrounds it."""
 
     part: Rule
     others: str
@@ -85,16 +85,16 @@ class _Told(NamedTuple):
 def _others(
     words: dict[int, str], state: Any, before: int = 0, after: int = 0
 ) -> Iterator[tuple[int, str]]:
-    """The id of each of our states in another, and what is around it.
+    """The id of each RMSProp state inside another state, and the text about what surrounds it.
 
-    That is what wrappers have in words, by the ids of their states, and how many other links its
-    chain has.
+    That text is what the wrappers say of themselves, found by the ids of their states, and the
+    number of other transformations in the chain.
     """
     if is_ours(state):
         counts = [(n, where) for n, where in ((before, "before"), (after, "after")) if n]
         links = [f"{n} other transformation{'s' * (n > 1)} {where} it" for n, where in counts]
         yield id(state), f"\nand {' and '.join(links)}, not described" if links else ""
-    elif isinstance(state, optax.transforms.PartitionState):  # of links side by side
+    elif isinstance(state, optax.transforms.PartitionState):  # of transformations side by side
         for link in state.inner_states.values():
             yield from _others(words, link, before, after)
     elif type(state) is tuple or isinstance(state, dict):  # of optax.chain and optax.named_chain

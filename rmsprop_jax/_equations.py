@@ -19,7 +19,7 @@ mu      momentum         weight of the past in b                   1
 lam     weight_decay     pull towards 0                            gradient / parameter;
                                                                    1 / parameter if decoupled
 
-(*) 1 where the learning rate comes after the buffer.
+(*) 1 if the learning rate is applied after the buffer.
 """
 
 import functools
@@ -35,7 +35,7 @@ from rmsprop_jax._types import Hyperparameter
 
 
 class Variant(NamedTuple):
-    """Which RMSProp: the structure of the rule, fixed when it is traced."""
+    """Which RMSProp: the structure of the rule, which is static under tracing."""
 
     eps_in_sqrt: bool
     centered: bool
@@ -50,14 +50,14 @@ class Variant(NamedTuple):
 
 
 class Decay(NamedTuple):
-    """gamma and 1 - gamma of a decay that is a number: each has digits that the other lacks."""
+    """gamma and 1 - gamma of a decay given as a number: each has digits that the other lacks."""
 
     gamma: Hyperparameter
     rest: Hyperparameter
 
 
 class Hyper(NamedTuple):
-    """The hyperparameters, named like the arguments; None for a term that is not there."""
+    """The hyperparameters, named like the arguments; None for a term that is absent."""
 
     learning_rate: Hyperparameter
     decay: Hyperparameter
@@ -67,20 +67,20 @@ class Hyper(NamedTuple):
 
 
 class Scalars(NamedTuple):
-    """What a step makes of them, in the dtype of its arithmetic; None for what is not there."""
+    """The hyperparameters of one step, in the dtype of its arithmetic; None for an absent term."""
 
     eta: jax.Array
     gamma: jax.Array
     rest: jax.Array  # 1 - gamma
-    low: jax.Array  # what gamma has and its dtype has not
-    inner: jax.Array  # is added inside the root
-    outer: Hyperparameter  # is added to it
+    low: jax.Array  # the digits of gamma that its dtype lacks
+    inner: jax.Array  # added inside the root
+    outer: Hyperparameter  # added outside
     mu: Hyperparameter
     lam: Hyperparameter
 
 
 class Slots(NamedTuple):
-    """What is remembered of one array, named as in the state; None for what is not."""
+    """The state of one array, with fields named as in RMSPropState; None for those not in use."""
 
     nu: Slot
     mu: Slot | None
@@ -88,7 +88,7 @@ class Slots(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """Which step it is of which leaf: int32 and uint32, for what is rounded at random."""
+    """The step (int32) and the leaf (uint32), on which stochastic rounding depends."""
 
     step: jax.Array
     leaf: jax.Array
@@ -96,11 +96,11 @@ class Turn(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def scalars(hyper: Hyper, variant: Variant, real: jnp.dtype) -> Scalars:
-    """The scalars of a step whose arithmetic is in real: made once, for all of its leaves.
+    """The scalars of a step whose arithmetic is in the dtype real, made once for all leaves.
 
-    What is added to s is at least the smallest normal number: so 0 / 0 is 0, the derivative there
-    is finite, and where |g|^2 underflows u stays within 1 / sqrt(1 - gamma). With |eta| above 2 it
-    is more, so that eta g / root stays within a quarter of the largest number.
+    What is added to s is at least the smallest normal number. So 0 / 0 is 0, its derivative is
+    finite, and where |g|^2 underflows, u stays within 1 / sqrt(1 - gamma). If |eta| is above 2,
+    more is added, so that eta g / root stays within a quarter of the largest number.
     """
 
     def number(h: Hyperparameter) -> Hyperparameter:
@@ -117,7 +117,7 @@ def scalars(hyper: Hyper, variant: Variant, real: jnp.dtype) -> Scalars:
 
 
 def _weights(decay: Decay | jax.Array, real: jnp.dtype) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The numbers gamma, 1 - gamma, and what gamma has and its dtype has not."""
+    """gamma, 1 - gamma, and the digits of gamma that its dtype lacks."""
     if isinstance(decay, Decay):
         gamma, rest = (jnp.asarray(number, real) for number in decay)
     else:
@@ -137,12 +137,12 @@ def step(
 ) -> tuple[jax.Array, Slots]:
     """-u, in the shape and dtype of g, and the new slots; finite for every g that is not NaN.
 
-    Jitted at module level: an update outside jit costs one dispatch an array, and one inside
-    jit traces each shape once, however often the transformation is built anew.
+    Jitted at module level: outside jit, an update costs one dispatch per array; inside jit, each
+    shape is traced once, however often the transformation is rebuilt.
     """
-    # What jit makes of numbers and NumPy's arrays, where it is disabled.
+    # Converts numbers and NumPy arrays as jit does, in case jit is disabled.
     g, x, slots, turn = jax.tree.map(jnp.asarray, (g, x, slots, turn))
-    with jax.disable_jit():  # the operators are jitted functions too: inlined, they trace faster
+    with jax.disable_jit():  # operators are jitted too, and trace faster if inlined
         return _step(g, x, slots, scalars, turn, variant)
 
 
@@ -176,12 +176,12 @@ def _step(
         return clip(unbounded(), largest**0.5 / 4)
 
     if not storage.draws:
-        grad = functools.cache(grad)  # for a state in float32 once is enough
+        grad = functools.cache(grad)  # for a float32 state, computing it once is enough
     draws = Slots(None, None, None)
     if turn is not None:
         infinite = Draw(*turn, 0, lambda: 0 * unbounded())
         draws = Slots(infinite, infinite._replace(slot=1), None)
-        if b is not None:  # where u, which is bounded, is NaN; and its bound, unless centered
+        if b is not None:  # where the bounded u is NaN; and its bound, unless centered
             size = None if variant.centered else lax.rsqrt(lax.max(rest, tiny))
             if size is not None and variant.lr_in_momentum:
                 size = lax.min(lax.abs(eta) * size, real.type(largest**0.5))
@@ -189,15 +189,15 @@ def _step(
             draws = draws._replace(trace=nan)
 
     # accumulate(s, gamma, r) is gamma s + r, as a value and as the slot that holds it. Each slot is
-    # a sum of new terms, with the addition last: of anything else XLA:CPU keeps a copy, to compute
-    # the slot again inside the loop that uses it.
+    # a sum of new terms, with the addition last. Of anything else XLA:CPU would keep a copy and
+    # compute the slot again inside the loop that uses it.
     if m is None:
         # s <- gamma s + (1 - gamma) |g|^2
         v, s = storage.accumulate(s, gamma, lambda: rest * square(grad()), low=low, draw=draws.nu)
     else:
         # m <- gamma m + (1 - gamma) g,  s <- gamma s + (1 - gamma) / gamma |g - m|^2:
-        # E|g|^2 - |m|^2 as a sum of squares. As g - mean = gamma (g - m), the last term is
-        # gamma (1 - gamma) |g - m|^2; it vanishes with gamma, where a rounded mean is not g.
+        # this is E|g|^2 - |m|^2 as a sum of squares. As g - mean = gamma (g - m), the last term is
+        # gamma (1 - gamma) |g - m|^2. It vanishes with gamma, where a rounded mean is not g.
         mean, m = storage.accumulate(m, gamma, lambda: rest * grad(), low=low, draw=draws.mu)
         least = real.type(jnp.finfo(real).eps)
         ratio = jnp.where(gamma > least, rest / lax.max(gamma, least), 0)
@@ -208,23 +208,23 @@ def _step(
         v, s = storage.accumulate(s, gamma, term, low=low, draw=draws.nu)
 
     def scaled(copy: int) -> jax.Array:
-        """The gradient over its root; every copy is the same.
+        """The gradient over its root; all copies are equal.
 
-        A root that two loops need XLA:CPU computes in a loop of its own, and keeps. It does not
-        notice that the roots of two copies are equal.
+        XLA:CPU computes a root that two loops need in a loop of its own, and stores it. It does not
+        notice that the roots of two copies are equal, so each loop computes its own.
         """
 
         def over_root(part: jax.Array, v: jax.Array) -> jax.Array:
             if copy:
-                v = lax.max(v, real.type(-copy))  # which it is
-            if variant.centered:  # 0 where g is not: a derivative would be 0 * inf
+                v = lax.max(v, real.type(-copy))  # changes nothing, as v >= 0
+            if variant.centered:  # v may be 0 where g is not; a derivative would be 0 * inf
                 v = jnp.where(v < tiny, tiny, v)
             root = lax.sqrt(v + inner)
             return part / (root if outer is None else root + outer)
 
         return by_parts(over_root, grad(), v(copy))
 
-    # From here |u| stays within largest / 2, and within largest once the buffer is in it.
+    # From here |u| stays within largest / 2, and within largest once the buffer is added.
     if b is None:
         move = -eta * scaled(0)
     else:
@@ -242,7 +242,7 @@ def _step(
 
         u = moved(1)
         if variant.cautious:
-            # Down the gradient; with a negative learning rate in the buffer, up.
+            # The direction of descent; of ascent if a negative learning rate is in the buffer.
             down = jnp.where(eta < 0, -grad(), grad()) if variant.lr_in_momentum else grad()
             share = share_of(_agrees(moved(2), down), real)
             mask = _agrees(u, down).astype(real)
@@ -255,24 +255,24 @@ def _step(
 
 @jax.jit
 def correct_bias(hyper: Hyper, weight_sum: jax.Array, count: jax.Array) -> tuple[Hyper, jax.Array]:
-    """The hyperparameters of the step that keeps s (and m) divided by the sum w of its weights.
+    """The hyperparameters of the step that keeps s (and m) divided by the sum w of the weights.
 
         w <- gamma w + (1 - gamma),  1 - gamma_hat = (1 - gamma) / w
 
-    Exact under a scheduled decay, where dividing by 1 - gamma^t is not. As long as w = 0 no
-    gradient has counted, and an infinite eps makes the step 0.
+    This is exact under a scheduled decay, where dividing by 1 - gamma^t is not. While w = 0 no
+    gradient has counted yet, and an infinite eps makes the step 0.
     """
     gamma, rest, low = _weights(hyper.decay, weight_sum.dtype)
-    zero = count >> 31  # of a number that is never negative
+    zero = count >> 31  # count is never negative
     w = unfused(gamma * weight_sum, zero) + (rest + unfused(low * weight_sum, zero))
-    # Lest XLA divide by w and another number at once, in one program and not in another.
+    # Otherwise XLA might divide by w and another number at once, in one program but not in another.
     rest = unfused(rest / lax.max(w, jnp.finfo(w.dtype).tiny), zero)
     eps = jnp.where(w > 0, hyper.eps, jnp.inf)
     return hyper._replace(eps=eps, decay=Decay(1 - rest, rest)), w
 
 
 def _agrees(u: jax.Array, g: jax.Array) -> jax.Array:
-    """Where the step u descends. NaN counts as if it did, so that it changes nothing elsewhere."""
+    """Where the step u descends. NaN counts as descending, so that it changes nothing elsewhere."""
     if jnp.iscomplexobj(g):
         product = (jnp.sign(u) * jnp.conj(jnp.sign(g))).real
     else:

@@ -1,4 +1,4 @@
-"""Gradients, and what belongs to them: asserted by chex to fit, leaf by leaf."""
+"""Gradients and the trees that must match them, which chex asserts leaf by leaf."""
 
 from collections.abc import Collection
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from rmsprop_jax._types import PyTree
 
 
 class Gradients(NamedTuple):
-    """The leaves of a tree of gradients, what they are, and the tree."""
+    """The leaves of a tree of gradients, their types, the structure, and the tree itself."""
 
     leaves: list[Any]
     types: list["LeafType | None"]
@@ -24,7 +24,7 @@ class Gradients(NamedTuple):
 
 
 def gradients(tree: PyTree) -> Gradients:
-    """The gradients of a step; None is one."""
+    """The gradients of a step. None counts as a leaf."""
     leaves: list[Any]
     structure: Any
     leaves, structure = jax.tree.flatten(tree, is_leaf=is_none)
@@ -33,7 +33,7 @@ def gradients(tree: PyTree) -> Gradients:
 
 
 def without_float0(tree: PyTree) -> PyTree:
-    """A tree of gradients with None where JAX gives float0, as for an integer parameter."""
+    """A tree of gradients with None where JAX gives float0, as it does for integer parameters."""
     return jax.tree.map(lambda g: None if leaf_type(g).dtype == jax.dtypes.float0 else g, tree)
 
 
@@ -45,12 +45,12 @@ def counterparts(
     real: bool = False,
     dtypes: Collection[jnp.dtype] | None = None,
 ) -> list[Any]:
-    """The leaves of a tree, asserted by chex to belong to the gradients.
+    """The leaves of a tree, which chex asserts to match the gradients.
 
-    Each gradient that is not None must be floating or complex, and have its counterpart's shape. It
-    must be complex where that is, unless the tree is real for either. The real dtype of a
-    counterpart must be one of dtypes. What has no values to move has the gradient None, or float0
-    as JAX gives it.
+    Each gradient that is not None must be floating or complex, and have the shape of its
+    counterpart. It must be complex exactly where the counterpart is, unless real says that the
+    counterparts are real in either case. The real dtype of a counterpart must be one of dtypes.
+    A leaf that is not trained has the gradient None, or float0 as JAX gives it.
     """
     leaves: list[Any]
     structure: Any
@@ -73,9 +73,9 @@ def counterparts(
 
 
 def same_kinds(grads: Gradients, params: optax.Params) -> None:
-    """Refuses, by chex, complex gradients of real parameters, and the reverse.
+    """Refuses, through chex, complex gradients of real parameters and real ones of complex ones.
 
-    Parameters of which nothing else is needed may be of another tree.
+    Params whose values are not needed may have another structure; they are not compared then.
     """
     leaves: list[Any]
     structure: Any
@@ -91,7 +91,7 @@ def same_kinds(grads: Gradients, params: optax.Params) -> None:
 
 
 def _assert_none(misfits: list[int], grads: Gradients, name: str, leaves: list[Any]) -> None:
-    """Has chex say which gradients are not what leaves of a name ask for, if there are some."""
+    """Lets chex report which gradients do not match their leaf in the tree called name, if any."""
     if not misfits:
         return
     names = _names(grads.tree)
@@ -110,18 +110,18 @@ def _assert_none(misfits: list[int], grads: Gradients, name: str, leaves: list[A
 
 
 def _difference(grads: optax.Updates, tree: PyTree, name: str) -> str:
-    """Where, and in what, the structure of gradients is not that of a tree."""
+    """Where and how the structure of the gradients differs from that of a tree."""
     got, wanted = set(_names(grads)), set(_names(tree))
     if got != wanted:
         return f"missing {sorted(wanted - got)}, unexpected {sorted(got - wanted)}"
     path, ours, theirs = _first_difference((), grads, tree)
-    place = f"at {leaf_name(path)!r}" if path else "as a whole"
-    other = " of another class, or with other data in it" if _node(ours) == _node(theirs) else ""
+    place = f"at {leaf_name(path)!r}" if path else "at the root"
+    other = " of another class, or with other static data" if _node(ours) == _node(theirs) else ""
     return f"{place} the gradients have {_node(ours)}, {name} has {_node(theirs)}{other}"
 
 
 def _first_difference(path: KeyPath, a: Any, b: Any) -> tuple[Any, Any, Any]:
-    """The path to the first nodes of two trees that are not alike, and these."""
+    """The path to the first nodes in which two trees differ, and these two nodes."""
     inside = [tree_flatten_with_path(x, is_leaf=lambda y, x=x: y is not x)[0] for x in (a, b)]
     if type(a) is type(b) and [key for key, _ in inside[0]] == [key for key, _ in inside[1]]:
         for (key, x), (_, y) in zip(*inside, strict=True):
@@ -132,7 +132,7 @@ def _first_difference(path: KeyPath, a: Any, b: Any) -> tuple[Any, Any, Any]:
 
 
 def _node(value: Any) -> str:
-    """A node of a tree in words: its kind, and what it has inside."""
+    """Describes a node of a tree: its kind, and what it contains."""
     if value is None or jax.tree_util.all_leaves([value]):
         return "a leaf"
     keys, _ = tree_flatten_with_path(value, is_leaf=lambda other: other is not value)
@@ -145,7 +145,7 @@ def _belongs(grad: LeafType, slot: Any, real: bool, dtypes: Collection[jnp.dtype
         return other.kind is None
     if grad.kind is None or other.kind is None or grad.shape != other.shape:
         return False
-    if real:  # for either, unless it is held in few bits, as no slot of a complex parameter is
+    if real:  # for both kinds; but no slot of a complex parameter is held in few bits
         is_small = is_packed(slot) or other.dtype.itemsize < 4
         right = other.kind is float and not (is_small and grad.kind is complex)
     else:
@@ -158,7 +158,7 @@ def _is_slot(leaf: Any) -> bool:
 
 
 def _one_leaf(slot: Any) -> Any:
-    """A slot, or what stands for it as a leaf if it is a node."""
+    """A slot, or a leaf that stands for it if it is a node."""
     return jax.ShapeDtypeStruct(slot.shape, slot.dtype) if is_packed(slot) else slot
 
 

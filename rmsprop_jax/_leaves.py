@@ -1,4 +1,4 @@
-"""One leaf of a tree: its name, and what it is."""
+"""One leaf of a tree: its name and its type."""
 
 import functools
 from typing import Any, NamedTuple
@@ -13,9 +13,9 @@ _WRAPPED = jax.tree_util.GetAttrKey("value")
 
 
 def leaf_name(path: KeyPath) -> str:
-    """A leaf's place in its tree, as "layer/kernel"; "" for a tree that is one leaf.
+    """A leaf's place in its tree, such as "layer/kernel"; "" for a tree that is a single leaf.
 
-    What Flax NNX wraps an array in is not part of it.
+    The variable in which Flax NNX wraps an array is not part of the name.
     """
     if path and path[-1] == _WRAPPED:
         path = path[:-1]
@@ -30,16 +30,16 @@ def leaf_numbers(structure: jax.tree_util.PyTreeDef) -> list[np.uint32]:
     names: dict[str, None] = {}
     for path, _ in paths:
         name = leaf_name(path)
-        while name in names:  # as of {"a/b": x, "a": {"b": y}}
+        while name in names:  # as in {"a/b": x, "a": {"b": y}}
             name += "/"
         names[name] = None
     return [np.uint32(zlib.crc32(name.encode())) for name in names]
 
 
 class LeafType(NamedTuple):
-    """Of a leaf: its shape, float or complex, and the dtype of its real numbers.
+    """The shape of a leaf, its kind (float or complex), and the dtype of its real numbers.
 
-    None for what it has not.
+    None for what does not apply.
     """
 
     shape: tuple[int, ...] | None
@@ -55,7 +55,7 @@ def leaf_type(leaf: Any) -> LeafType:
     return LeafType(None, None, None)
 
 
-_UNSIGNED = jnp.dtype(jnp.float8_e8m0fnu)  # has neither 0 nor negative numbers
+_UNSIGNED = jnp.dtype(jnp.float8_e8m0fnu)  # can represent neither 0 nor negative numbers
 
 
 @functools.cache

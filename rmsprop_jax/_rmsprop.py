@@ -28,109 +28,119 @@ def rmsprop(
     split_complex: bool = False,
     storage: Storage | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """RMSProp: gradients are divided by the root of a running mean of their squares.
+    """RMSProp: divides each gradient by the root of a running mean of its squares.
 
         s <- decay s + (1 - decay) |g|^2
         u  = learning_rate g / sqrt(s + eps)
         x <- x - u
 
-    for a gradient g and a parameter x. The other arguments change this rule:
+    Here g is a gradient and x its parameter. The other arguments change this rule:
 
-        maximize                g <- -g, before all else
-        weight_decay            g <- g + weight_decay x, then
+        maximize                g <- -g, before everything else
+        weight_decay            g <- g + weight_decay x, before s is updated
         centered                s is the variance: m <- decay m + (1 - decay) g, and s is the mean
-                                of |g|^2 less |m|^2, computed so that it is never negative
+                                of |g|^2 minus |m|^2, computed so that it is never negative
         bias_correction         s and m are divided by the sum of the weights of the gradients in
                                 them, which grows from 0 to 1
         eps_in_sqrt=False       u = learning_rate g / (sqrt(s) + eps)
         momentum                b <- momentum b + u, then x <- x - b
         nesterov                x <- x - (u + momentum b)
-        cautious                the step acts only where it has the sign of learning_rate g, and
-                                is divided by the share of the leaf where it has, or by 1e-3 if
-                                that is less
-        lr_in_momentum=False    u and b are without the learning rate: x <- x - learning_rate b
-        decoupled_weight_decay  x <- x - learning_rate weight_decay x beside the step, instead of
-                                adding to g
-        split_complex           real and imaginary parts go their ways as two real numbers would:
-                                |g|^2 is then the square of each
+        cautious                the step is 0 in the elements where its sign is not that of
+                                learning_rate g; elsewhere it is divided by the fraction of the
+                                leaf's elements that remain, or by 1e-3 if that is larger
+        lr_in_momentum=False    u and b omit the learning rate: x <- x - learning_rate b
+        decoupled_weight_decay  x <- x - learning_rate weight_decay x in addition to the step;
+                                nothing is added to g
+        split_complex           real and imaginary parts are treated as two independent real
+                                numbers: the square of each replaces |g|^2
 
-    The arithmetic is in float32, or float64 for float64 parameters, whatever the dtype of the
-    gradients. Every gradient that is not NaN gives finite updates and a finite state: 0 / 0 is
-    0, what is beyond the range of a dtype becomes its largest number, and under the root there is
-    never less than 1e-38 in float32, nor less than learning_rate^2 / 3e38. An infinite gradient
-    acts like a huge one: its coordinate stands still until s has decayed, for about
-    86 / -log(decay) steps (820 at 0.9) if the gradients are then of size 1. A NaN stays NaN, in
-    its own coordinate. To skip steps with either, wrap this in ``optax.apply_if_finite``.
+    The arithmetic is in float32, or in float64 for float64 parameters, whatever the dtype of the
+    gradients. Updates and state stay finite for every gradient that is not NaN: 0 / 0 is 0, a value
+    beyond the range of its dtype becomes the largest number of that dtype, and the number under the
+    root is never less than 1e-38 in float32, nor less than learning_rate^2 / 3e38.
 
-    Parameters of 16 bits are rounded when an update is added, as with every optimizer, and a step
-    that is less than 1/512 of a bfloat16 parameter, or 1/4096 of a float16 one, is lost. To train
-    them nevertheless, wrap this in :func:`rmsprop_jax.low_memory.master_weights` (bfloat16), or
-    keep float32 parameters and let the network round them.
+    An infinite gradient acts like a huge one: its element does not move until s has decayed, which
+    takes about 86 / -log(decay) steps (820 at 0.9) if later gradients are of size 1. A NaN stays
+    NaN, in its own element only. To skip steps that contain either, wrap the transformation in
+    ``optax.apply_if_finite``.
 
-    A centered s goes to 0 where the gradients hardly change, and the step then grows up to
-    ``learning_rate |g| / sqrt(eps)``: choose eps accordingly.
+    16-bit parameters are rounded when an update is added, as with every optimizer: a step smaller
+    than 1/512 of a bfloat16 parameter, or 1/4096 of a float16 one, is lost. To train them anyway,
+    wrap the transformation in :func:`rmsprop_jax.low_memory.master_weights` (bfloat16), or keep the
+    parameters in float32 and let the network round them.
 
-    The five hyperparameters that are called a number below may each be a scalar array, or a
-    schedule: a function from the number of earlier steps to a number or scalar array. All three
-    give the same bits, and new values of an array compile nothing anew. A decay alone keeps, as a
-    Python number, the digits that float32 has not. Near 1 they count: .9999 as an array makes the
-    first updates wrong by 8e-5. Python and NumPy numbers, also those of a schedule, are checked
-    and rounded to the precision of the arithmetic; the values of JAX arrays are not looked at,
-    since they may not be known yet.
+    With an eps as small as 1e-8 a centered run can diverge, since the step grows up to
+    ``learning_rate |g| / sqrt(eps)`` where the variance goes to 0; use 1e-4 to 1e-2, as Graves and
+    DQN did.
+
+    ``learning_rate``, ``decay``, ``eps``, ``momentum`` and ``weight_decay`` may each be a number, a
+    scalar array, or a schedule: a function from the number of earlier steps to a number or scalar
+    array. All three give bit-identical results, and a new value in an array does not cause
+    recompilation. The exception is ``decay``: as a Python number it keeps digits that float32
+    lacks. They matter near 1, where .9999 as an array makes the first updates wrong by 8e-5.
+
+    Python and NumPy numbers, including those that a schedule returns, are checked and rounded to
+    the precision of the arithmetic. The values of JAX arrays are not checked, since they may not be
+    known yet.
 
     Args:
       learning_rate: number, in units of the parameters per step. May be 0 or negative.
-      decay: number in [0, 1], the weight of the past in s and m. In the plain form, the step at 0
-        is learning_rate sign(g), where eps is small beside g^2; at 1, s stays initial_scale, and
-        the rule is gradient descent with the rate learning_rate / sqrt(initial_scale + eps).
-      eps: number of at least 0, in units of the gradient squared; of the gradient if outside
-        the root.
+      decay: number in [0, 1], the weight of the past in s and m. In the plain rule, decay=0 gives
+        the step learning_rate sign(g), where eps is small compared to g^2; with decay=1, s stays at
+        initial_scale, and the rule is gradient descent with the learning rate
+        learning_rate / sqrt(initial_scale + eps).
+      eps: number of at least 0, in units of the gradient squared, or of the gradient if it is added
+        outside the root.
       initial_scale: s before the first step, at least 0; a number or scalar array. TensorFlow 1
         starts at 1, most others at 0. With bias_correction it must be 0.
-      eps_in_sqrt: whether eps is added inside the root (TensorFlow, Keras) or to it (PyTorch).
-      centered: whether s is the variance of the gradient or its second moment.
+      eps_in_sqrt: whether eps is added inside the root (TensorFlow, Keras) or outside (PyTorch).
+      centered: whether s is the variance of the gradient instead of its second moment.
       momentum: number of at least 0, the weight of the past in the buffer b; None for no buffer.
       nesterov: whether to look ahead along the buffer; needs momentum.
-      bias_correction: whether to divide by the sum of the weights. Exact under a scheduled decay
-        too. Needs decay below 1.
-      lr_in_momentum: whether the learning rate goes into the buffer (TensorFlow, Keras, Optax)
-        or is applied to it (PyTorch). The two agree while the learning rate does not change.
-      weight_decay: number of at least 0, in units of gradient / parameter; of 1 / learning_rate
-        if decoupled. None for no decay. ``update`` then needs the parameters.
+      bias_correction: whether to divide s and m by the sum of their weights. This is exact under a
+        scheduled decay, too. Needs decay below 1.
+      lr_in_momentum: whether the learning rate is part of the buffer (TensorFlow, Keras, Optax)
+        or multiplies it afterwards (PyTorch). The two agree while the learning rate is constant.
+      weight_decay: number of at least 0, in units of gradient / parameter, or of 1 / learning_rate
+        if decoupled. None for no decay. Otherwise ``update`` needs the parameters.
       decoupled_weight_decay: whether the decay bypasses s and b; needs weight_decay.
-      cautious: whether to drop the coordinates in which the step has not the sign that the
-        gradient and the learning rate give it; needs momentum. The others grow by at most 1000.
-      maximize: whether to climb. Unlike with a negative learning rate, weight decay still pulls
-        towards 0.
-      split_complex: whether complex parameters count as pairs of real ones (PyTorch) or by their
-        modulus (Optax). nu is then complex where a parameter is. Agreement in sign, for
-        cautious, is that of the complex numbers in either case: an acute angle.
-      storage: how the slots of the state are held. None for one array each: float32, or float64
-        for float64 parameters. :mod:`rmsprop_jax.low_memory` has those of 8 and 16 bits.
+      cautious: whether to drop the elements in which the step does not have the sign that the
+        gradient and the learning rate give it; needs momentum. The others grow by a factor of at
+        most 1000.
+      maximize: whether to maximize the objective. Unlike with a negative learning rate, weight
+        decay still pulls towards 0.
+      split_complex: whether a complex number counts as a pair of real ones (PyTorch) or by its
+        modulus (Optax). If split, nu is complex where a parameter is. In either case, cautious
+        compares complex numbers: two have the same sign if the angle between them is acute.
+      storage: how the slots of the state are stored. None for one array each, in float32, or in
+        float64 for float64 parameters. :mod:`rmsprop_jax.low_memory` has storages of 8 and 16 bits.
 
     Returns:
-      An ``optax.GradientTransformationExtraArgs``. Its state is an :class:`RMSPropState`.
-      ``init`` takes a tree of floating or complex arrays; the state is placed like them. Leaves
-      of integers, bools and random keys have None in the place of a state.
-      ``update`` takes gradients of the same structure and shapes, of any floating dtype
-      (complex for complex parameters), and gives updates in the gradients' dtypes, for
-      ``optax.apply_updates``, which rounds the sum to the dtype of the parameter
-      (``equinox.apply_updates`` does not). A gradient of None gives the update None, which that
-      function of Optax does not take, and leaves its state. So does float0, which JAX gives for
-      integers.
-      Transformations of equal arguments are equal, as are their copies and pickles; arrays and
-      schedules in them are equal if they are the same object.
-      Complex gradients are, as everywhere in Optax, those that point uphill: the conjugates of
-      what ``jax.grad`` gives.
+      An ``optax.GradientTransformationExtraArgs`` whose state is an :class:`RMSPropState`.
+
+      ``init`` takes a tree of floating or complex arrays and places the state like them. Leaves of
+      integers, bools and random keys get None instead of a state.
+
+      ``update`` takes gradients of the same structure and shapes, of any floating dtype (complex
+      for complex parameters), and returns updates in the gradients' dtypes. Apply them with
+      ``optax.apply_updates``, which rounds the sum to the dtype of the parameter;
+      ``equinox.apply_updates`` does not. A gradient of None gives the update None, which
+      ``optax.apply_updates`` does not accept, and leaves its state unchanged. So does a gradient of
+      dtype float0, which JAX gives for integers. Complex gradients are, as everywhere in Optax,
+      those that point uphill: the conjugates of what ``jax.grad`` returns.
+
+      Transformations with equal arguments are equal, as are their copies and pickles. Arrays and
+      schedules count as equal only if they are the same object.
 
     Raises:
-      TypeError: if an argument is of the wrong type, a parameter no array and no number, or the
-        state another transformation's.
-      ValueError: if a number is out of range, an argument lacks what it needs, the state was
-        made with other arguments, or the parameters are missing.
-      AssertionError: by chex, from ``update``, if a gradient does not fit the state, or a
-        parameter the gradient, in structure, shape, dtype or by being complex. It names the leaf,
-        or the place in the tree, and what both are. ``chex.disable_asserts`` turns this off.
+      TypeError: if an argument has the wrong type, if a parameter is neither an array nor a number,
+        or if the state is that of another transformation.
+      ValueError: if a number is out of range, if an argument needs another one that is missing, if
+        the state was made with other arguments, or if the parameters are missing.
+      AssertionError: raised by chex in ``update`` if a gradient does not match the state, or a
+        parameter does not match the gradient, in structure, shape, dtype, or in being real or
+        complex. The message names the leaf, or the node of the tree, and describes both.
+        ``chex.disable_asserts`` turns this check off.
 
     Example:
       >>> import jax
@@ -148,8 +158,8 @@ def rmsprop(
       >>> print(f"{x[0]:.4f} {abs(x[1]):.4f}")
       -0.0106 0.0000
 
-    With its first nine parameters it equals ``optax.rmsprop``, except that updates have the
-    gradients' dtype, where Optax promotes to the wider of gradient and state.
+    Called with its first nine arguments only, it equals ``optax.rmsprop``, except that updates have
+    the gradients' dtype, where Optax promotes to the wider of gradient and state.
 
     Sources: Hinton, Srivastava and Swersky, "Neural networks for machine learning", lecture 6e,
     2012 (the rule); Graves, arXiv:1308.0850, 2013 (centered, with momentum); Loshchilov and
@@ -205,30 +215,32 @@ def scale_by_rms(
     centered: bool = False,
     storage: Storage | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Divides gradients by the root of a running mean of their squares; no learning rate.
+    """Divides gradients by the root of a running mean of their squares, without a learning rate.
 
         s <- decay s + (1 - decay) |g|^2
         u  = g / sqrt(s + eps)
 
-    This is :func:`rmsprop` with a learning rate of -1, and has its dtypes, errors and sources.
+    This is :func:`rmsprop` with a learning rate of -1, and has the same dtypes, errors and sources.
     It equals ``optax.scale_by_rms`` and, if centered, ``optax.scale_by_stddev``.
 
     Args:
-      decay: number in [0, 1], the weight of the past in s; an array or a schedule, too.
-      eps: number of at least 0, in units of the gradient squared; of the gradient if outside
-        the root. An array or a schedule, too.
+      decay: number in [0, 1], the weight of the past in s; or an array or a schedule.
+      eps: number of at least 0, in units of the gradient squared, or of the gradient if it is added
+        outside the root; or an array or a schedule.
       initial_scale: s before the first step, at least 0; a number or scalar array.
-      eps_in_sqrt: whether eps is added inside the root or to it.
+      eps_in_sqrt: whether eps is added inside the root or outside.
       bias_correction: whether s is divided by the sum of the weights of the gradients in it.
-      centered: whether s is the variance of the gradient or its second moment.
-      storage: how the slots of the state are held; None for one array each, or one of
+      centered: whether s is the variance of the gradient instead of its second moment. With an eps
+        as small as 1e-8 a centered run can diverge, since the update grows up to
+        ``|g| / sqrt(eps)`` where the variance goes to 0; use 1e-4 to 1e-2, as Graves and DQN did.
+      storage: how the slots of the state are stored: None for one array each, or a storage of
         :mod:`rmsprop_jax.low_memory`.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` whose state is an :class:`RMSPropState`.
 
     Raises:
-      TypeError, ValueError, AssertionError: as :func:`rmsprop`.
+      TypeError, ValueError, AssertionError: as in :func:`rmsprop`.
 
     Example:
       >>> import jax.numpy as jnp

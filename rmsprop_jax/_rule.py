@@ -1,4 +1,4 @@
-"""A rule lifted from one array to a tree of parameters: what the rule is, init and update."""
+"""The rule lifted from one array to a tree of parameters: what it is made of, init and update."""
 
 from collections.abc import Sequence
 import contextlib
@@ -21,13 +21,13 @@ from rmsprop_jax._types import PyTree, Scalar
 
 
 class RMSPropState(NamedTuple):
-    """What RMSProp remembers from step to step; what is not in use is None as a whole.
+    """The optimizer state of RMSProp; a field that is not in use is None.
 
     Attributes:
-      count: steps taken, an int32 scalar that stops at its largest value.
-      nu: second moment of the gradient, or its variance if centered. A tree like the
-        parameters, placed like them; float32, or float64 for float64 parameters, unless a storage
-        holds it otherwise; real, unless the parts of complex numbers are split.
+      count: number of steps taken, an int32 scalar that stops at its largest value.
+      nu: second moment of the gradient, or its variance if centered. A tree with the structure and
+        placement of the parameters. Its arrays are float32, or float64 for float64 parameters,
+        unless a storage holds them otherwise. They are real, unless complex numbers are split.
       mu: mean of the gradient, if centered. Like nu, but complex where a parameter is complex.
       trace: momentum buffer, if there is momentum. Like mu; the parameters move against it.
       weight_sum: sum of the weights of the gradients in nu, if the bias is corrected. A scalar
@@ -42,7 +42,7 @@ class RMSPropState(NamedTuple):
 
 
 def is_ours(value: Any) -> bool:
-    """Whether a node of another transformation's state is one of these."""
+    """Whether a node of another transformation's state is an RMSPropState."""
     return isinstance(value, RMSPropState)
 
 
@@ -55,7 +55,7 @@ with contextlib.suppress(ValueError):  # registered already, if this module is r
 class Rule(NamedTuple):
     """Which RMSProp, with which numbers. Its methods are the two functions of a transformation."""
 
-    hyper: _equations.Hyper  # floats, arrays, schedules, or None for a term that is not there
+    hyper: _equations.Hyper  # floats, arrays, schedules, or None for an absent term
     variant: _equations.Variant
     initial_scale: Scalar
 
@@ -77,7 +77,7 @@ class Rule(NamedTuple):
         in_use = self.in_use()
         nu = held("nu", real(self.initial_scale))
         dtypes = map(storage.dtype, jax.tree.leaves(slots_of(nu), is_leaf=is_packed))
-        widest = np.result_type(np.float32, *dtypes)  # of float32 and float64: jnp's may be strict
+        widest = np.result_type(np.float32, *dtypes)  # jnp's promotion may be strict
         return RMSPropState(
             count=beside(jnp.zeros([], jnp.int32), params),
             nu=nu,
@@ -114,7 +114,7 @@ class Rule(NamedTuple):
         else:
             _gradients.same_kinds(grads, params)
             xs = nothing
-        # A schedule may mix dtypes as it likes, whatever the user asks of his own code.
+        # A schedule may mix dtypes freely, whatever promotion the user's own code requires.
         with jax.numpy_dtype_promotion("standard"):
             hyper = _equations.Hyper(
                 *(_at(state.count, name, h) for name, h in self.hyper._asdict().items())
@@ -147,7 +147,7 @@ class Rule(NamedTuple):
         )
 
     def in_use(self) -> dict[str, bool]:
-        """Which of the fields that a step changes are not None."""
+        """Which of the fields that a step changes are in use, that is, not None."""
         return {
             "nu": True,
             "mu": self.variant.centered,
@@ -160,7 +160,7 @@ _increment = jax.jit(optax.safe_increment)
 
 
 def _at(count: jax.Array, name: str, value: Any) -> Any:
-    """A hyperparameter in the step after count others: a number or an array."""
+    """A hyperparameter in the step that follows count others: a number or an array."""
     if callable(value):
         value = _checks.number(name, value(count), schedule=False)
     if name == "decay" and isinstance(value, float):
@@ -174,14 +174,14 @@ def rules_in(parts: Sequence[Part]) -> list[Rule]:
 
 
 def rules_of(tx: optax.GradientTransformation, params: optax.Params) -> list[Rule]:
-    """The rules that tx follows for some parameters, at least one."""
+    """The rules that tx follows for these parameters; raises TypeError if there are none."""
     init = getattr(tx, "init", None)
     return some_rules(tx, ask(init, params)[0] if callable(init) else [])
 
 
 def some_rules(tx: optax.GradientTransformation, parts: Sequence[Part]) -> list[Rule]:
-    """The rules among the parts of tx, at least one."""
+    """The rules among the parts of tx; raises TypeError if there are none."""
     rules = rules_in(parts)
     if not rules:
-        raise TypeError(f"tx must be an RMSProp of rmsprop_jax or have one in it, got {tx!r}")
+        raise TypeError(f"tx must be an RMSProp of rmsprop_jax or contain one, got {tx!r}")
     return rules

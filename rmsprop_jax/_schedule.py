@@ -1,4 +1,4 @@
-"""Hyperparameters that a step of the count, and of other hyperparameters, makes."""
+"""Hyperparameters computed from the step count and from other hyperparameters."""
 
 from collections.abc import Callable
 import dataclasses
@@ -10,10 +10,10 @@ import jax.numpy as jnp
 
 
 def real(value: Any) -> Any:
-    """A scalar array as a real number of a floating dtype; anything else as it is.
+    """A scalar array as a real number of a floating dtype; anything else unchanged.
 
-    ``optax.inject_hyperparams`` makes complex arrays of all numbers if a parameter is complex, and
-    integers times a count overflow.
+    ``optax.inject_hyperparams`` makes all numbers complex arrays if a parameter is complex, and
+    an integer times a count can overflow.
     """
     if not isinstance(value, jax.Array):
         return value
@@ -27,10 +27,10 @@ def real(value: Any) -> Any:
 )
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """A schedule that is equal to those of the same function and arguments, which a closure is not.
+    """A schedule that equals others of the same function and arguments, unlike a closure.
 
     Attributes:
-      function: of the number of earlier steps and the arguments.
+      function: takes the number of earlier steps, and the arguments.
       arguments: numbers, arrays and other schedules.
     """
 

@@ -1,6 +1,6 @@
-"""How one slot of one leaf is held, and how it advances.
+"""How one slot of one leaf is stored, and how it advances.
 
-The equations ask three things of a storage and do not know what its slots are made of.
+The equations use three methods of a storage and do not know what its slots are made of.
 """
 
 import abc
@@ -18,16 +18,16 @@ from rmsprop_jax._arrays import clip
 from rmsprop_jax._types import PyTree, Scalar
 
 Slot = Any  # an array, or something Packed
-# Arrays that are computed where they are asked for: what XLA:CPU has before, it keeps.
+# Arrays computed where they are needed: XLA:CPU would store those computed earlier.
 Lazy = Callable[[], jax.Array]
-Copies = Callable[[int], jax.Array]  # all are the same
+Copies = Callable[[int], jax.Array]  # all copies are equal
 
 
 class Packed(abc.ABC):
-    """A slot that is more than an array: a NamedTuple, registered as one of these."""
+    """A slot that is more than one array: a NamedTuple, registered as a subclass of this."""
 
-    shape: tuple[int, ...]  # that of the parameter
-    dtype: jnp.dtype  # that of the values
+    shape: tuple[int, ...]  # of the parameter
+    dtype: jnp.dtype  # of the values
 
     @abc.abstractmethod
     def decode(self) -> jax.Array:
@@ -35,24 +35,24 @@ class Packed(abc.ABC):
 
     @abc.abstractmethod
     def encode(self, values: ArrayLike) -> Any:
-        """A slot of the same form that holds values as well as it can."""
+        """A slot of the same form that holds values as exactly as it can."""
 
 
 class Joined(abc.ABC):
-    """A field of the state with Packed slots: a NamedTuple, registered as one of these.
+    """A field of the state with Packed slots: a NamedTuple, registered as a subclass of this.
 
-    It holds trees like the parameters, of arrays that can be sharded like them, and scalars or
-    vectors. So wrappers find in it what they know: they take such trees apart, but no slots.
+    It holds trees like the parameters, whose arrays can be sharded like them, and scalars or
+    vectors. Wrappers can handle these: they traverse trees of arrays, but not slots.
     """
 
     @property
     @abc.abstractmethod
     def shared(self) -> Collection[str]:
-        """The names of what in it is no such tree."""
+        """The names of those entries that are not such trees."""
 
     @abc.abstractmethod
     def check(self, field: str) -> None:
-        """Refuses arrays that no field of this name has."""
+        """Refuses arrays that a field of this name cannot have."""
 
     @abc.abstractmethod
     def slots(self) -> PyTree:
@@ -60,11 +60,11 @@ class Joined(abc.ABC):
 
     @abc.abstractmethod
     def slots_to_step(self) -> PyTree:
-        """The same, with what a step has to know of all of them."""
+        """The same, with what a step needs to know about all slots together."""
 
     @abc.abstractmethod
     def with_slots(self, slots: PyTree) -> PyTree:
-        """The field with other slots, of which some may be its own."""
+        """The field with other slots, some of which may be its own."""
 
 
 def is_packed(value: Any) -> bool:
@@ -83,19 +83,19 @@ def slots_to_step(field: PyTree) -> PyTree:
 
 
 def with_slots(field: PyTree, slots: PyTree) -> PyTree:
-    """A field of the state with other slots in the place of its own."""
+    """A field of the state with these slots instead of its own."""
     return field.with_slots(slots) if isinstance(field, Joined) else slots
 
 
 class Draw(NamedTuple):
-    """What rounding at random may depend on: the same bits for the same slot of the same step.
+    """What stochastic rounding depends on: equal slots and steps draw the same random bits.
 
     Attributes:
-      step: number of steps before, int32.
+      step: number of earlier steps, int32.
       leaf: a number for the leaf's path, uint32.
       slot: a number for the slot.
       zero: 0 where a term may enter the state, and NaN elsewhere.
-      size: that of the largest terms, about, if it is known; a scalar.
+      size: the approximate size of the largest terms, if known; a scalar.
     """
 
     step: jax.Array
@@ -115,7 +115,7 @@ class Storage(Protocol):
 
     @property
     def joins(self) -> Collection[str]:
-        """The fields of the state that join makes into something Joined."""
+        """The fields of the state that join turns into something Joined."""
 
     @property
     def dtypes(self) -> Collection[jnp.dtype]:
@@ -124,14 +124,14 @@ class Storage(Protocol):
     def init(
         self, param: jax.Array, value: Scalar, *, field: str, path: str, real: bool = False
     ) -> Slot:
-        """A slot full of value, placed like param; complex if param is, unless it must be real.
+        """A slot full of value, placed like param; complex if param is, unless real is True.
 
-        Both parts of a complex slot are value. field is the state's: nu never falls below 0, and
-        mu must be precise if there is a nu beside it that is a variance. path is the leaf's.
+        Both parts of a complex slot equal value. field is the field of the state: nu never falls
+        below 0, and mu must be precise if nu beside it is a variance. path is that of the leaf.
         """
 
     def join(self, slots: PyTree, *, field: str) -> PyTree:
-        """A field of the state from the slots that init has made, in a tree like the parameters."""
+        """A field of the state, from the slots that init made, in a tree like the parameters."""
 
     def dtype(self, slot: Slot) -> jnp.dtype:
         """The dtype of the arithmetic on a slot's real numbers: float32 or float64."""
@@ -146,15 +146,15 @@ class Storage(Protocol):
         low: jax.Array | None = None,
         draw: Draw | None = None,
     ) -> tuple[Copies, Slot]:
-        """The sum decay * slot + term, that product within a bound, as an array and as a slot.
+        """The sum decay * slot + term, with that product within bound, as an array and as a slot.
 
-        To decay belongs what its dtype has not, low, if the slot is precise enough for it to count.
+        low holds the digits of decay that its dtype lacks, for slots precise enough for them.
         """
 
 
 @dataclasses.dataclass(frozen=True)
 class Float32:
-    """One array a slot: float32, or float64 for a float64 parameter."""
+    """One array per slot: float32, or float64 for a float64 parameter."""
 
     draws: ClassVar = False
     joins: ClassVar = ()
@@ -204,14 +204,14 @@ FLOAT32 = Float32()
 
 
 def full_like(param: jax.Array, value: complex | jax.Array, dtype: Any) -> jax.Array:
-    """An array full of value, of the shape of param and placed like it, eagerly and traced."""
+    """An array full of value, with the shape and placement of param, eagerly or traced."""
     if not isinstance(param, jax.core.Tracer):
         return jnp.full_like(param, value, dtype=dtype)
-    # With no mesh in its type, and no device but one, there is one place: a constant will do.
+    # With no mesh in its type and only one device, there is only one place: a constant will do.
     if jax.typeof(param).sharding.mesh.empty and jax.device_count() == 1:
         return lax.full(param.shape, value, dtype)
     # Elsewhere a traced constant could be placed anywhere, since it depends on no parameter. These
-    # zeros depend on param, but not on its values: nothing, not even NaN, is below itself.
+    # zeros depend on param but not on its values: nothing, not even NaN, is less than itself.
     real = lax.real(param) if jnp.iscomplexobj(param) else param
     zeros = lax.convert_element_type(lax.lt(real, real), dtype)
     is_zero = not isinstance(value, jax.Array) and value == 0
@@ -219,18 +219,18 @@ def full_like(param: jax.Array, value: complex | jax.Array, dtype: Any) -> jax.A
 
 
 def beside(array: jax.Array, params: PyTree) -> jax.Array:
-    """A small array on every device of the params, as a step leaves it.
+    """A small array, replicated over the devices of the params, as a step leaves it.
 
-    Else a step would be compiled for it once as it is now, and again as it is then.
+    Otherwise a step would be compiled twice: for its placement now, and for the one after a step.
     """
     leaves = jax.tree.leaves(params)
-    full = PartitionSpec(*[None] * array.ndim)  # as jit has it on Explicit meshes, and () on others
+    full = PartitionSpec(*[None] * array.ndim)  # as under jit on Explicit meshes; () on others
     if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
         mesh = jax.typeof(leaves[0]).sharding.mesh
         return jax.reshard(array, NamedSharding(mesh, full)) if _is_explicit(mesh) else array
     places = [leaf.sharding for leaf in leaves if getattr(leaf, "committed", False)]
     if len({frozenset(place.device_set) for place in places}) != 1:
-        return array  # there is no such place, or there are several
+        return array  # there is no common placement
     place = places[0]
     if isinstance(place, NamedSharding):
         place = place.update(spec=full if _is_explicit(place.mesh) else PartitionSpec())

@@ -1,8 +1,8 @@
-"""What a transformation of this library is made of, and when two are equal.
+"""How this library builds a transformation, and when two of them are equal.
 
-Other people's programs put transformations into train states, copies and files, and recognize them
-by ``==``. So those of equal parts are equal, and so are copies; and ``init`` and ``update`` are
-functions that close over their part, a pytree, in which programs find the arrays to trace.
+User programs put transformations into train states, copies and files, and compare them with
+``==``. So transformations with equal parts are equal, and so are copies. ``init`` and ``update``
+close over their part, a pytree in which programs find the arrays to trace.
 """
 
 import types
@@ -17,11 +17,11 @@ from rmsprop_jax._schedule import Schedule
 
 
 class Transformation(optax.GradientTransformationExtraArgs):  # type: ignore[misc] # untyped
-    """The two functions of a part."""
+    """The ``init`` and ``update`` of a part."""
 
     @property
     def part(self) -> Part | None:
-        """What the two functions are of; None if one was replaced."""
+        """The part that both functions belong to; None if one of them was replaced."""
         is_one = getattr(self.update, "init", None) is self.init
         return getattr(self.update, "part", None) if is_one else None
 
@@ -39,7 +39,7 @@ class Transformation(optax.GradientTransformationExtraArgs):  # type: ignore[mis
 
 
 def transformation(part: Part) -> Transformation:
-    """The transformation of a part. Equal parts have the same functions, as long as these live."""
+    """The transformation of a part. Equal parts share the same functions while these are alive."""
 
     def init(params: optax.Params) -> optax.OptState:
         state = part.init(params)
@@ -65,14 +65,14 @@ _UPDATES: weakref.WeakValueDictionary["_Identity", Any] = weakref.WeakValueDicti
 
 
 class _Identity:
-    """Of a part: equal for equal parts. What is opaque in them must be the very same."""
+    """Identifies a part: equal for equal parts. Opaque values must be the same object."""
 
     def __init__(self, part: Part) -> None:
         leaves, structure = jax.tree.flatten(part, is_leaf=_is_opaque)
         self.found: Any = (type(part), structure, *map(_leaf_identity, leaves))
         try:
             self.hash = hash(self.found)
-        except Exception:  # whatever an object of others raises
+        except Exception:  # whatever a foreign object raises
             self.found = _Same(part)
             self.hash = hash(self.found)
 
@@ -87,7 +87,7 @@ class _Identity:
 
 
 class _Same:
-    """Equal to what has the very same value."""
+    """Equal only to a wrapper of the same object."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
@@ -100,14 +100,14 @@ class _Same:
 
 
 def _is_opaque(value: Any) -> bool:
-    """Whether nobody may look into a value: what others have for schedules may change."""
+    """Whether a value must not be looked into: schedules of others may be mutable."""
     return callable(value) and not isinstance(value, Schedule)
 
 
 def _leaf_identity(leaf: Any) -> Any:
     if isinstance(leaf, float):
         return leaf.hex()  # -0 is not 0
-    if isinstance(leaf, types.MethodType):  # made anew each time that it is looked up
+    if isinstance(leaf, types.MethodType):  # a new object at each lookup
         return leaf
     # The values of arrays may not be known yet.
     return _Same(leaf) if isinstance(leaf, jax.Array) or callable(leaf) else (type(leaf), leaf)

@@ -1,24 +1,25 @@
-"""Checkpoints that move: optimizer states from and to PyTorch, timm, Keras, TensorFlow 1 and Optax.
+"""Conversion of optimizer states from and to PyTorch, timm, Keras, TensorFlow 1 and Optax.
 
     mapping = convert.torch_dense("fc1", "fc1") | convert.torch_dense("fc2", "fc2")
     tx = dialects.pytorch(lr=1e-2, momentum=0.9)
     state = convert.from_pytorch(state_dict, params, mapping, tx, names=names)
 
-Each ``from_`` gives the state with which a transformation of this library goes on, each ``to_`` the
-state with which the framework does; what the framework means by its numbers is converted, too. No
-framework is imported: they work on arrays, tensors and mappings; :func:`keras_file` reads files.
+Each ``from_`` function returns the state with which a transformation of this library continues, and
+each ``to_`` function the state with which the framework continues. Differences in what the numbers
+mean are converted, too. No framework is imported: the functions work on arrays, tensors and
+mappings; :func:`keras_file` reads files.
 
-A mapping says for each leaf of the parameters where the framework has it: its name or number if it
-is laid out alike, or a :class:`Leaf`. There are ready-made ones for the usual layers. A leaf that
-tx keeps no state for, as ``optax.partition`` and ``optax.masked`` freeze it, needs no entry; it may
-have one, and what the framework remembers of it is then left alone.
+A mapping says for each leaf of the parameters where the framework keeps it: its name or number if
+the layout is the same, or a :class:`Leaf`. There are ready-made mappings for the usual layers. A
+leaf for which tx keeps no state, because ``optax.partition`` or ``optax.masked`` freezes it, needs
+no entry; if it has one, the framework's state for it is ignored.
 
-Plain states, and buffers that are not rescaled, come back bit for bit. A variance s becomes the
-second moment s + m^2 and back with one rounding each to the precision of the state, and a second
-moment below m^2, which frameworks reach by cancellation, becomes a variance of 0. A rescaled buffer
-is rounded once; under bias correction there are two roundings. Slots in fewer bits are given as
-float32, and lose what :func:`change_storage` says on the way back. What no gradients leave behind
-is refused: numbers that are not finite, and second moments below 0.
+Plain states, and buffers that are not rescaled, are bit-identical after a round trip. A variance s
+becomes the second moment s + m^2 and back with one rounding each to the precision of the state. A
+second moment below m^2, which frameworks reach by cancellation, becomes a variance of 0. A rescaled
+buffer is rounded once; with bias correction there are two roundings. Slots in fewer bits are
+returned as float32, and lose on the way back what :func:`change_storage` describes. Numbers that no
+gradients can produce are refused: those that are not finite, and second moments below 0.
 """
 
 from rmsprop_jax.convert._attention import keras_attention, torch_attention

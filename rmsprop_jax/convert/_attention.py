@@ -1,21 +1,21 @@
-"""Ready-made mappings of attention with several heads."""
+"""Ready-made mappings of multi-head attention."""
 
 from rmsprop_jax.convert._mapping import Leaf
 
 
 def torch_attention(path: str, name: str, features: int, *, bias: bool = True) -> dict[str, Leaf]:
-    """Flax's ``MultiHeadDotProductAttention``, ``torch.nn.MultiheadAttention`` of a name.
+    """Maps Flax's ``MultiHeadDotProductAttention`` to ``torch.nn.MultiheadAttention``.
 
-    Or ``MultiHeadAttention``, of linen or NNX, without ``normalize_qk``. PyTorch's must have keys
-    and values of as many features as its queries, and neither ``add_bias_kv`` nor
-    ``add_zero_attn``. Its boolean masks say what is left out, those of Flax what is not.
+    Also for ``MultiHeadAttention``, of linen or NNX, without ``normalize_qk``. PyTorch's layer must
+    have keys and values with as many features as its queries, and neither ``add_bias_kv`` nor
+    ``add_zero_attn``. Its boolean masks say what is left out, those of Flax what is kept.
 
     Args:
-      path: of Flax's layer.
-      name: of PyTorch's.
-      features: PyTorch's ``embed_dim``; in Flax those of the inputs, of all heads together, and of
-        the outputs.
-      bias: whether the layer has them.
+      path: path of Flax's layer.
+      name: name of PyTorch's layer.
+      features: PyTorch's ``embed_dim``; in Flax the features of the inputs, of all heads together,
+        and of the outputs.
+      bias: whether the layer has biases.
 
     Example:
       >>> from rmsprop_jax import convert
@@ -23,7 +23,7 @@ def torch_attention(path: str, name: str, features: int, *, bias: bool = True) -
       >>> mapping["attention/key/kernel"].part  # of in_proj_weight, (1536, 512)
       (1, 3, 0)
     """
-    # PyTorch has the heads one after another in an axis, so that ours is only made flat.
+    # PyTorch has the heads one after another in one axis, so ours are only flattened.
     kernel = Leaf(f"{name}.in_proj_weight", (1, 0), original=(3 * features, features))
     biases = Leaf(f"{name}.in_proj_bias", original=(3 * features,))
     out = Leaf(f"{name}.out_proj.weight", (1, 0), original=(features, features))
@@ -38,10 +38,10 @@ def torch_attention(path: str, name: str, features: int, *, bias: bool = True) -
 
 
 def keras_attention(path: str, name: str, *, bias: bool = True) -> dict[str, Leaf]:
-    """Flax's ``MultiHeadDotProductAttention``, ``keras.layers.MultiHeadAttention`` of a name.
+    """Maps Flax's ``MultiHeadDotProductAttention`` to ``keras.layers.MultiHeadAttention``.
 
-    Or ``MultiHeadAttention``, of linen or NNX, without ``normalize_qk``. Keras's must have its
-    ``value_dim`` equal to its ``key_dim``, one axis to attend to, and no gate.
+    Also for ``MultiHeadAttention``, of linen or NNX, without ``normalize_qk``. Keras's layer must
+    have a ``value_dim`` equal to its ``key_dim``, one axis to attend to, and no gate.
 
     Example:
       >>> from rmsprop_jax import convert

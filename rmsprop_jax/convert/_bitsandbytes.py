@@ -1,4 +1,4 @@
-"""The ``state_dict()`` of bitsandbytes' RMSprop, as PyTorch would have it."""
+"""The ``state_dict()`` of bitsandbytes' RMSprop, in the form of PyTorch's."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,28 +8,28 @@ import numpy as np
 from rmsprop_jax.convert._arrays import array
 from rmsprop_jax.convert._groups import Group, check_state_dict
 
-_HELD = "__bnb_optimizer_quant_state__"  # in the place of slots, since version 0.44
-_BLOCK = 256  # numbers that share one largest number, of the flat array
+_HELD = "__bnb_optimizer_quant_state__"  # instead of slots, since version 0.44
+_BLOCK = 256  # elements of the flat array that share one maximum
 
 
 def bitsandbytes_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """The state of bitsandbytes' ``RMSprop``, in 32 or 8 bits, as ``torch.optim.RMSprop`` has it.
+    """Converts the state of bitsandbytes' ``RMSprop`` (32 or 8 bits) to that of PyTorch's.
 
-    The two follow one rule, but that bitsandbytes has neither momentum nor a centered form: it
-    takes ``momentum`` and ignores it. A second moment in 8 bits is a table's number, times the
-    largest of its block of 256:
+    Both follow the same rule, except that bitsandbytes has neither momentum nor a centered form: it
+    accepts ``momentum`` and ignores it. A second moment in 8 bits is a number from a table, times
+    the largest second moment in its block of 256:
 
         s = qmap1[state1] absmax1
 
     Args:
-      state_dict: of ``bitsandbytes.optim.RMSprop``, ``RMSprop32bit`` or ``RMSprop8bit``, as
-        ``optimizer.state_dict()`` or a file of it has it.
+      state_dict: that of ``bitsandbytes.optim.RMSprop``, ``RMSprop32bit`` or ``RMSprop8bit``:
+        ``optimizer.state_dict()`` or a file of it.
 
     Returns:
-      What :func:`from_pytorch` takes, and :func:`pytorch_options` by its groups.
+      A state_dict for :func:`from_pytorch`, with groups for :func:`pytorch_options`.
 
     Raises:
-      ValueError: if it is of another optimizer, or of 8 bits without blocks.
+      ValueError: if it is from another optimizer, or in 8 bits without blocks.
 
     Example:
       >>> from rmsprop_jax import convert
@@ -66,8 +66,8 @@ def _slots(slots: Mapping[str, Any], what: str) -> dict[str, Any]:
         largest = np.repeat(arrays["absmax1"], _BLOCK)[: value.size]
         if largest.size != value.size:
             raise ValueError(
-                f"{what} has {arrays['absmax1'].size} numbers 'absmax1' for {value.size} in blocks "
-                f"of {_BLOCK}"
+                f"{what} has {arrays['absmax1'].size} elements in 'absmax1' for {value.size} in "
+                f"blocks of {_BLOCK}"
             )
         value = arrays["qmap1"][value] * largest.reshape(value.shape)
     elif not np.issubdtype(value.dtype, np.floating):
@@ -80,7 +80,7 @@ def _group(group: Group) -> dict[str, Any]:
     if alpha == 0 or other != 0:
         raise ValueError(
             f"a group of bitsandbytes' RMSprop has betas of (alpha, 0), got {group.get('betas')}: "
-            "it is of another optimizer"
+            "it is from another optimizer"
         )
     kept = {name: value for name, value in group.items() if name != "betas"}
     return kept | {"alpha": alpha, "momentum": 0.0, "centered": False}

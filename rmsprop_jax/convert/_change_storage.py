@@ -1,4 +1,4 @@
-"""A state from one storage to another."""
+"""Conversion of a state from one storage to another."""
 
 from typing import Any
 
@@ -13,25 +13,26 @@ from rmsprop_jax.convert._arrays import place
 def change_storage(
     state: optax.OptState, params: optax.Params, tx: optax.GradientTransformation
 ) -> optax.OptState:
-    """The state with which a transformation goes on where one of another ``storage`` stopped.
+    """Converts a state to another ``storage``, for example from float32 to 8 bits.
 
-    From fewer bits to more, and between float32 and float64, values are what they were. To
-    ``low_memory.bfloat16`` each is rounded to the nearest, by 2^-8 at most; to ``low_memory.q8``
-    second moments are rounded by 1/8 at most, and raised to some 2^-45 of the largest in their
-    leaf where they are below; values of momentum are rounded by 1/16, or 2^-13 of the largest in
+    From fewer bits to more, and between float32 and float64, the values do not change. To
+    ``low_memory.bfloat16`` each value is rounded to nearest, by at most 2^-8. To ``low_memory.q8``
+    second moments are rounded by at most 1/8, and raised to about 2^-45 of the largest in their
+    leaf if they are below that; values of momentum are rounded by 1/16, or 2^-13 of the largest in
     their leaf.
 
     Args:
-      state: of a transformation like tx but for ``storage``: say a float32 run that goes on in 8
-        bits, or the other way round. It may be of a wrapper, as tx then is.
-      params: tree of parameters; only its structure, shapes, dtypes and placement count.
-      tx: the transformation to go on with.
+      state: the state of a transformation like tx except for ``storage``: for example that of a
+        float32 run which is to continue in 8 bits, or vice versa. It may be that of a wrapper, if
+        tx is wrapped in the same way.
+      params: tree of parameters, of which only the structure, shapes, dtypes and placement matter.
+      tx: the transformation to continue with.
 
     Returns:
-      The state of tx; what is not of an RMSPropState is that of ``state``.
+      The state of tx; parts that do not belong to an RMSPropState are taken from ``state``.
 
     Raises:
-      ValueError: if the states differ in more than how slots are held.
+      ValueError: if the states differ in more than how slots are stored.
       TypeError: if tx is not a transformation of this library.
 
     Example:
@@ -66,7 +67,7 @@ def _changed(state: RMSPropState, template: RMSPropState) -> RMSPropState:
 
 
 def _moved(old: Any, new: Any) -> Any:
-    """What one field holds, in the form of another."""
+    """The content of one field, in the form of another."""
     structures: list[Any] = [jax.tree.structure(field) for field in (old, new)]
     if structures[0] == structures[1] and jax.tree.map(_type, old) == jax.tree.map(_type, new):
         return jax.tree.map(place, new, old)

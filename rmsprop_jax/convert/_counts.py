@@ -1,4 +1,4 @@
-"""How many updates were made, in the states around a rule that count them."""
+"""The number of updates, in those states around a rule that count them."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ import optax
 from rmsprop_jax.convert._arrays import place
 from rmsprop_jax.low_memory._master_weights import MasterWeightsState
 
-# The states that count updates, and the names of their count and of the state inside.
+# The states that count updates: the field of the count, and that of the inner state.
 COUNTERS: dict[type, tuple[str, str | None]] = {
     optax.InjectStatefulHyperparamsState: ("count", "inner_state"),
     optax.MultiStepsState: ("gradient_step", "inner_opt_state"),
@@ -19,7 +19,7 @@ COUNTERS: dict[type, tuple[str, str | None]] = {
 
 
 def at_step(state: optax.OptState, count: int) -> optax.OptState:
-    """A state in which what counts updates, beside our own states, has counted so many."""
+    """A state in which all counters of updates around our own states are set to count."""
 
     def fill(node: Any) -> Any:
         if not is_counter(node):

@@ -1,4 +1,4 @@
-"""What PyTorch's RMSprop and timm's RMSpropTF keep of one parameter."""
+"""The state that PyTorch's RMSprop and timm's RMSpropTF keep for one parameter."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -12,29 +12,29 @@ _MAY_BE_LEFT = ("grad_avg", "momentum_buffer")
 
 
 def check_ignore(ignore: Collection[str]) -> None:
-    """Refuses what is not a slot that a group may have no use for."""
+    """Refuses anything but slots that a group may leave unused."""
     if isinstance(ignore, str) or not set(ignore) <= set(_MAY_BE_LEFT):
         raise ValueError(f"ignore must be of {_MAY_BE_LEFT}, as {_MAY_BE_LEFT[1:]}, got {ignore!r}")
 
 
 def check_slots(slots: Collection[str], what: str, rule: Rule) -> None:
-    """Refuses slots that are not those of a rule."""
+    """Refuses slots other than those of a rule."""
     wanted = ["square_avg", "step", *_used(rule)]
     if set(slots) != set(wanted):
-        raise ValueError(f"{what} has {sorted(slots)}, but its group wants {sorted(wanted)}")
+        raise ValueError(f"{what} has {sorted(slots)}, but its group needs {sorted(wanted)}")
 
 
 def entry_of(
     slots: Mapping[str, Any], what: str, rule: Rule, ignore: Collection[str]
 ) -> tuple[Entry, int]:
-    """What slots hold, but for those left over that are to be ignored, and how many steps."""
+    """The entry of a parameter, without unused slots that are to be ignored, and its steps."""
     left = tuple(slot for slot in _MAY_BE_LEFT if slot in slots and slot not in _used(rule))
     slots_in_use = {slot: value for slot, value in slots.items() if slot not in left}
     check_slots(slots_in_use, what, rule)
     if set(left) - set(ignore):
         raise ValueError(
             f"{what} has {list(left)} left over, which its group does not use (momentum, centered "
-            f"or both are off): to go on without, convert with ignore={left}"
+            f"or both are off): to continue without, convert with ignore={left}"
         )
     arrays = {slot: array(value, f"{what}[{slot!r}]") for slot, value in slots_in_use.items()}
     step = arrays["step"]
@@ -45,6 +45,6 @@ def entry_of(
 
 
 def _used(rule: Rule) -> list[str]:
-    """The slots that only some rules use."""
+    """The optional slots that a rule uses."""
     used = {"grad_avg": rule.variant.centered, "momentum_buffer": rule.hyper.momentum is not None}
     return [slot for slot in _MAY_BE_LEFT if used[slot]]

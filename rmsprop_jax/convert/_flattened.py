@@ -1,4 +1,4 @@
-"""The flattened form of PyTorch's optimizer states, one key a slot and one an option."""
+"""The flattened form of PyTorch's optimizer states, with one key per slot and per option."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,14 +9,14 @@ _STATE, _GROUPS = "state.", "param_groups."
 
 
 def is_flattened(state_dict: Any) -> bool:
-    """Whether it is of ``StateDictOptions(flatten_optimizer_state_dict=True)``."""
+    """Whether it was made with ``StateDictOptions(flatten_optimizer_state_dict=True)``."""
     return isinstance(state_dict, Mapping) and any(
         str(key).startswith((_STATE, _GROUPS)) for key in state_dict
     )
 
 
 def nested(flattened: Mapping[str, Any], argument: str) -> dict[str, Any]:
-    """The ``state_dict`` of a flattened one, with a group for each parameter."""
+    """The ``state_dict`` of a flattened one, with one group for each parameter."""
     state: dict[str, dict[str, Any]] = {}
     groups: dict[str, dict[str, Any]] = {}
     for key, value in flattened.items():

@@ -1,4 +1,4 @@
-"""What other frameworks remember of an array, and what they cannot have."""
+"""The state that other frameworks keep for an array, and values it cannot have."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -8,11 +8,11 @@ import numpy as np
 from rmsprop_jax.convert._arrays import wide
 from rmsprop_jax.convert._mapping import Name
 
-_ROUNDING = 1e-6  # of the largest number: as far below 0 as that, it is 0
+_ROUNDING = 1e-6  # relative to the largest number; a negative number above this counts as 0
 
 
 class Entry(NamedTuple):
-    """What a framework remembers of one array; None for what it does not.
+    """The state that a framework keeps for one array; None for slots that it does not have.
 
     Attributes:
       nu: second moment of the gradient, never its variance.
@@ -26,14 +26,14 @@ class Entry(NamedTuple):
 
 
 class Foreign(NamedTuple):
-    """All that a framework remembers.
+    """The whole state that a framework keeps.
 
     Attributes:
       entries: by name; None for an array that has not taken a step.
-      steps: how many were taken.
+      steps: number of steps taken.
       lr_in_momentum: whether the buffers contain the learning rate.
       weight_sum: the number by which nu and mu are to be divided, if they are biased.
-      idle_momentum: whether there are buffers even where there is no momentum.
+      idle_momentum: whether there are buffers even without momentum.
     """
 
     entries: Mapping[Name, Entry | None]
@@ -44,7 +44,7 @@ class Foreign(NamedTuple):
 
 
 def refuse_impossible(name: Name, entry: Entry | None) -> None:
-    """Refuses what no gradients leave behind: as of other arrays, or of a run that broke off."""
+    """Refuses what no gradients can produce, as from other arrays or from a run that diverged."""
     if entry is None:
         return
     for field, value in entry._asdict().items():
@@ -52,4 +52,4 @@ def refuse_impossible(name: Name, entry: Entry | None) -> None:
             raise ValueError(f"{field} of {name!r} has numbers that are not finite")
     v = wide(entry.nu)
     if np.any(low := np.minimum(v.real, v.imag) < -_ROUNDING * np.max(abs(v), initial=0)):
-        raise ValueError(f"nu of {name!r} is a second moment, and has {v[low][0]} in it")
+        raise ValueError(f"nu of {name!r} is a second moment, but contains {v[low][0]}")

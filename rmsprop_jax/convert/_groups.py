@@ -1,4 +1,4 @@
-"""The ``param_groups`` of PyTorch and timm: which rule they follow."""
+"""The ``param_groups`` of PyTorch and timm, and the rule that they follow."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from rmsprop_jax._rule import Rule
 
 Group = Mapping[str, Any]
 
-# What a group of an early version lacks, and what it meant.
+# The options that a group of an early version lacks, and their meaning then.
 _PYTORCH = {"momentum": 0.0, "centered": False, "maximize": False}
 _TIMM = {
     "momentum": 0.0,
@@ -23,37 +23,37 @@ _TIMM = {
 
 
 def check_state_dict(state_dict: Any) -> None:
-    """Refuses what is no ``state_dict()`` of an optimizer."""
+    """Refuses anything but the ``state_dict()`` of an optimizer."""
     for key in ("state", "param_groups"):
         if not isinstance(state_dict, Mapping) or key not in state_dict:
             raise ValueError(f"state_dict has no {key!r}: it is not an optimizer's state_dict()")
 
 
 def pytorch_options(group: Group) -> dict[str, Any]:
-    """The arguments of ``dialects.pytorch`` for one of ``state_dict["param_groups"]``.
+    """Returns the arguments of ``dialects.pytorch`` for one of ``state_dict["param_groups"]``.
 
-    The learning rate is the one that the group has now. A flattened state has a group for each
+    The learning rate is the current one of the group. A flattened state has a group for each
     parameter: ``{key.rpartition(".")[2]: value for key, value in state_dict.items() if
     key.startswith("param_groups.fc.weight.")}``.
 
     Raises:
-      ValueError: if the group is not one of ``torch.optim.RMSprop``.
+      ValueError: if the group does not belong to ``torch.optim.RMSprop``.
     """
     if "decoupled_decay" in group:
-        raise ValueError("group has 'decoupled_decay': it is of timm's RMSpropTF")
+        raise ValueError("group has 'decoupled_decay': it is from timm's RMSpropTF")
     return _options(group, _PYTORCH)
 
 
 def timm_options(group: Group) -> dict[str, Any]:
-    """The arguments of ``dialects.timm`` for one of ``state_dict["param_groups"]``.
+    """Returns the arguments of ``dialects.timm`` for one of ``state_dict["param_groups"]``.
 
-    The learning rate is the one that the group has now.
+    The learning rate is the current one of the group.
 
     Raises:
-      ValueError: if the group is not one of timm's ``RMSpropTF``.
+      ValueError: if the group does not belong to timm's ``RMSpropTF``.
     """
     if "decoupled_decay" not in group:
-        raise ValueError("group has no 'decoupled_decay': it is not of timm's RMSpropTF")
+        raise ValueError("group has no 'decoupled_decay': it is not from timm's RMSpropTF")
     options = _options(group, _TIMM)
     if options["corrected_weight_decay"]:
         options["initial_lr"] = _number(group, "max_lr_snapshot")
@@ -75,8 +75,8 @@ def _options(group: Group, later: Mapping[str, Any]) -> dict[str, Any]:
 
 def _number(group: Group, name: str) -> float | bool | None:
     if name not in group:
-        whose = "of bitsandbytes (see bitsandbytes_state_dict), or " if "betas" in group else ""
-        raise ValueError(f"group has no {name!r}: it is {whose}of another optimizer or version")
+        whose = "from bitsandbytes (see bitsandbytes_state_dict), or " if "betas" in group else ""
+        raise ValueError(f"group has no {name!r}: it is {whose}from another optimizer or version")
     value = group[name]
     return value if value is None or isinstance(value, bool) else float(value)
 
@@ -84,19 +84,19 @@ def _number(group: Group, name: str) -> float | bool | None:
 def check_rules(
     groups: Sequence[Group], ours: Sequence[Rule], rule_of: Callable[[Group], Rule]
 ) -> None:
-    """Refuses groups that follow other rules than those of a transformation."""
+    """Refuses groups that follow a different rule than a transformation."""
     switches = [_switches(rule) for rule in ours]
     for index, rule in enumerate(map(rule_of, groups)):
         if _switches(rule) not in switches:
             differ = {n: v for n, v in _switches(rule).items() if all(o[n] != v for o in switches)}
             raise ValueError(
-                f"param_groups[{index}] has {differ or _switches(rule)}, but tx has not: "
+                f"param_groups[{index}] has {differ or _switches(rule)}, but tx does not: "
                 f"build tx with these, or convert with strict=False{static_args(ours)}"
             )
 
 
 def static_args(rules: Sequence[Rule]) -> str:
-    """What an error adds if a 0 that would mean no such term may have become an array."""
+    """What an error adds if a 0 that stands for an absent term may have become an array."""
     for name in ("momentum", "weight_decay"):
         if any(isinstance(getattr(rule.hyper, name), ShapeDtypeStruct) for rule in rules):
             return f"; optax.inject_hyperparams leaves {name} alone if static_args names it"
@@ -104,16 +104,16 @@ def static_args(rules: Sequence[Rule]) -> str:
 
 
 def lr_in_momentum(groups: Sequence[Group], rule_of: Callable[[Group], Rule]) -> bool:
-    """Whether the buffers of groups hold the learning rate."""
+    """Whether the buffers of groups contain the learning rate."""
     theirs = [rule_of(group) for group in groups]
     inside = {rule.variant.lr_in_momentum for rule in theirs if rule.hyper.momentum is not None}
     if len(inside) > 1:
-        raise ValueError("param_groups differ in lr_in_momentum: convert each by itself")
+        raise ValueError("param_groups differ in lr_in_momentum: convert each separately")
     return inside.pop() if inside else False
 
 
 def _switches(rule: Rule) -> dict[str, Any]:
-    """What of a rule is neither a number nor undone by a conversion."""
+    """What a conversion cannot adapt in a rule, except its numbers."""
     variant, hyper = rule.variant, rule.hyper
     return {
         "centered": rule.variant.centered,

@@ -25,40 +25,48 @@ def from_keras(
     ignore: Sequence[str] = (),
     gradient_accumulation_steps: int | None = None,
 ) -> optax.OptState:
-    """The state with which a transformation goes on where ``keras.optimizers.RMSprop`` stopped.
+    """Converts the variables of ``keras.optimizers.RMSprop`` to the state of a transformation.
 
-    Keras keeps, in this order: the number of steps; the learning rate, unless it is a schedule;
-    a velocity for each trainable variable, which is the second moment s is made of; a momentum
-    for each, if there is momentum, which is b with the learning rate in it; and an average
-    gradient for each, if centered. Before the velocities there is an average of each variable with
-    ``use_ema``, and a sum of gradients of each with ``gradient_accumulation_steps``; before all,
-    four numbers of a ``LossScaleOptimizer``. These are not of RMSProp, and left out if asked.
+    Keras keeps, in this order:
+
+    - the number of steps;
+    - the learning rate, unless it is a schedule;
+    - a velocity for each trainable variable, from which the second moment s is computed;
+    - a momentum for each, if there is momentum, which is b with the learning rate in it;
+    - an average gradient for each, if centered.
+
+    Before the velocities, there is an average of each variable with ``use_ema``, and a sum of the
+    gradients of each with ``gradient_accumulation_steps``. Before everything, there are four
+    numbers of a ``LossScaleOptimizer``. These do not belong to RMSProp, and are left out on
+    request.
 
     Args:
       variables: ``optimizer.variables``; or what :func:`keras_file` has read: a mapping by paths,
-        in the optimizer's order, or from "0" on, as ``save_own_variables`` writes. The latter does
-        not say which of its arrays is what: tx, ignore and gradient_accumulation_steps must.
-      params: tree of parameters; only its structure, shapes, dtypes and placement count.
-      mapping: for each leaf of params by its path, as "layer/kernel", the name or number of
+        in the optimizer's order, or by "0", "1", ..., as ``save_own_variables`` writes. The latter
+        does not say which of its arrays is what, so tx, ignore and gradient_accumulation_steps
+        must.
+      params: tree of parameters, of which only the structure, shapes, dtypes and placement matter.
+      mapping: for each leaf of params, by its path such as "layer/kernel", the name or number of
         Keras's trainable variable, or a :class:`Leaf` if the layouts differ.
-      tx: the transformation to go on with, ``dialects.keras(...)`` as a rule. It may be wrapped:
-        every RMSPropState in its state is filled, the counts of wrappers and schedules go on, and
-        all else is as ``init`` makes it.
-      names: of the trainable variables in their order, ``[v.path for v in
-        model.trainable_variables]``; needed if mapping has names. A layer with ``trainable=False``
-        has none, and tx must freeze it, as ``optax.partition`` with ``optax.set_to_zero`` does.
-      ignore: "average", "loss_scale" or both, to leave out the averages of weights of ``use_ema``
-        and the numbers of a ``LossScaleOptimizer``, which variables then must have.
-      gradient_accumulation_steps: of the optimizer, if it has any. As Keras then counts small
-        batches, a count of tx is one of that many; a sum of gradients that no step was made of
-        is left out. ``optax.MultiSteps(tx, k)`` accumulates here.
+      tx: the transformation to continue with, usually ``dialects.keras(...)``. It may be wrapped:
+        every RMSPropState in its state is filled, the counts of wrappers and schedules continue,
+        and everything else is as ``init`` makes it.
+      names: names of the trainable variables in their order, ``[v.path for v in
+        model.trainable_variables]``; needed if mapping has names. The variables of a layer with
+        ``trainable=False`` are not among them, and tx must freeze them, for example by
+        ``optax.partition`` with ``optax.set_to_zero``.
+      ignore: "average", "loss_scale" or both, to leave out the averages of ``use_ema`` and the
+        numbers of a ``LossScaleOptimizer``; variables must then have them.
+      gradient_accumulation_steps: that of the optimizer, if it has any. As Keras then counts small
+        batches, the count of tx is the count of Keras divided by it. A sum of gradients that has
+        not led to a step yet is left out. Here, ``optax.MultiSteps(tx, k)`` accumulates.
 
     Returns:
       The state of tx.
 
     Raises:
-      ValueError: if variables are missing, left over or of a wrong shape, or tx cannot express
-        what they hold. Nothing is converted then.
+      ValueError: if variables are missing, left over or of the wrong shape, or if tx cannot express
+        their content. Nothing is converted then.
       TypeError: if tx is not a transformation of this library.
 
     Example:
@@ -89,23 +97,23 @@ def to_keras(
     learning_rate: float | None = None,
     names: Sequence[str] | None = None,
 ) -> list[np.ndarray]:
-    """The variables with which ``keras.optimizers.RMSprop`` goes on: :func:`from_keras` undone.
+    """Converts a state to the variables of Keras: the inverse of :func:`from_keras`.
 
     Args:
-      state: of tx.
+      state: the state of tx.
       params: tree of parameters, as in :func:`from_keras`.
       mapping: as in :func:`from_keras`.
-      tx: the transformation whose state it is.
-      learning_rate: of the optimizer that goes on; None if it has a schedule.
+      tx: the transformation that the state belongs to.
+      learning_rate: that of the optimizer that is to continue; None if it has a schedule.
       names: as in :func:`from_keras`.
 
     Returns:
-      Arrays for ``optimizer.variables`` in their order, once ``optimizer.build`` has made them:
-      ``for v, a in zip(optimizer.variables, arrays): v.assign(a)``. The optimizer must have none
-      of what ``ignore`` and ``gradient_accumulation_steps`` leave out.
+      Arrays for ``optimizer.variables`` in their order, once ``optimizer.build`` has created them:
+      ``for v, a in zip(optimizer.variables, arrays): v.assign(a)``. The optimizer must not have
+      anything that ``ignore`` and ``gradient_accumulation_steps`` leave out.
 
     Raises:
-      ValueError, TypeError: as :func:`from_keras`.
+      ValueError, TypeError: as in :func:`from_keras`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -119,7 +127,7 @@ def to_keras(
     order = _order(mapping, names)
     kept = {name: entry for name, entry in foreign.entries.items() if entry is not None}
     if set(order) != set(kept):
-        raise ValueError(f"mapping must name each of {order}, and tx keeps a state of {list(kept)}")
+        raise ValueError(f"mapping must name each of {order}, but tx has state for {list(kept)}")
     head = [np.asarray(foreign.steps)]
     if learning_rate is not None:
         head.append(np.asarray(learning_rate))
@@ -127,12 +135,12 @@ def to_keras(
 
 
 def _fields(tx: optax.GradientTransformation, params: optax.Params) -> list[str]:
-    """Which slots tx has. Keras has one optimizer for all variables."""
+    """The slots that tx has. Keras has one optimizer for all variables."""
     has = {
         (rule.hyper.momentum is not None, rule.variant.centered) for rule in rules_of(tx, params)
     }
     if len(has) != 1:
-        raise ValueError("tx must be one RMSProp for all variables, as Keras has, or alike ones")
+        raise ValueError("tx must be one RMSProp for all variables, as in Keras, or several alike")
     ((momentum, centered),) = has
     return ["nu", *["trace"] * momentum, *["mu"] * centered]
 

@@ -1,4 +1,4 @@
-"""What is in a file that Keras has saved, without Keras."""
+"""Reads files that Keras has saved, without Keras."""
 
 from collections.abc import Mapping
 import io
@@ -18,12 +18,12 @@ _NOT_OF_THE_MODEL = ("optimizer/", "metrics/")
 
 
 class KerasFile(NamedTuple):
-    """What :func:`keras_file` finds.
+    """The content of a file, as :func:`keras_file` returns it.
 
     Attributes:
-      weights: of the layers by name, also those that are not trained, as moving means.
-      variables: of the optimizer, as :func:`from_keras` takes them; empty if there are none.
-      config: the optimizer's, as :func:`keras_options` takes it; None if there is none.
+      weights: those of the layers by name, including untrained ones such as moving means.
+      variables: those of the optimizer, as :func:`from_keras` takes them; empty if there are none.
+      config: that of the optimizer, as :func:`keras_options` takes it; None if there is none.
     """
 
     weights: dict[str, np.ndarray]
@@ -32,27 +32,27 @@ class KerasFile(NamedTuple):
 
 
 def keras_file(path: str | PathLike[str]) -> KerasFile:
-    """The weights, the optimizer's variables and its config in a file of Keras, without Keras.
+    """Reads weights, optimizer variables and optimizer config from a Keras file, without Keras.
 
-    It needs h5py, which is no dependency of this library: ``pip install h5py``.
+    This needs h5py, which is not a dependency of this library: ``pip install h5py``.
 
-    Names of weights are those that the file has. In a ``.weights.h5`` or ``.keras`` file, they say
-    how a layer is reached and which of its variables it is: "layers/dense_1/vars/0" is the kernel
-    of the second Dense of a Sequential or functional model, whatever its name, and
+    Weights have the names that they have in the file. In a ``.weights.h5`` or ``.keras`` file,
+    these say how a layer is reached and which of its variables it is: "layers/dense_1/vars/0" is
+    the kernel of the second Dense of a Sequential or functional model, whatever its name, and
     "layers/dense_1/vars/1" its bias; variables are in the order of ``layer.weights``. In an ``.h5``
-    file, they are paths of variables, "net/fc2/kernel", as the ready-made mappings have them. A
-    mapping uses them as they are. The file may hold more than it names: ``params_from({name:
-    weights[name] for name in names}, ...)`` takes the rest out.
+    file, they are paths of variables, such as "net/fc2/kernel", as in the ready-made mappings. A
+    mapping uses the names unchanged. If the file holds more than a mapping names, select what is
+    needed: ``params_from({name: weights[name] for name in names}, ...)``.
 
-    Variables of the optimizer go by their paths in an ``.h5`` file, and from "0" on in the others,
-    which do not say of which weight they are: names of :func:`from_keras` are those of the trained
-    weights, layer by layer in the model's order.
+    Optimizer variables are named by their paths in an ``.h5`` file, and "0", "1", ... in the
+    others, which do not say to which weight they belong: the names argument of :func:`from_keras`
+    is then that of the trained weights, layer by layer in the model's order.
 
-    With ``use_ema``, ``model.fit`` ends by putting the averages into the model: a file of after it
-    has these as its weights.
+    With ``use_ema``, ``model.fit`` ends by copying the averages into the model, so a file saved
+    afterwards has the averages as its weights.
 
     Args:
-      path: of a ``.weights.h5`` file, as ``model.save_weights`` writes; or of a ``.keras`` or
+      path: path of a ``.weights.h5`` file, as ``model.save_weights`` writes; or of a ``.keras`` or
         ``.h5`` file, as ``model.save`` does.
 
     Returns:
@@ -60,8 +60,8 @@ def keras_file(path: str | PathLike[str]) -> KerasFile:
 
     Raises:
       ImportError: if h5py is not installed.
-      FileNotFoundError: if there is no file.
-      ValueError: if it is no such file.
+      FileNotFoundError: if there is no such file.
+      ValueError: if it is not such a file.
     """
     try:
         import h5py
@@ -83,7 +83,7 @@ def keras_file(path: str | PathLike[str]) -> KerasFile:
 
 
 def _numbered(file: Any) -> KerasFile:
-    """Of a file that has variables by numbers."""
+    """Reads a file whose variables have numbers."""
     found: dict[str, np.ndarray] = {}
 
     def visit(name: str, item: Any) -> None:
@@ -97,7 +97,7 @@ def _numbered(file: Any) -> KerasFile:
 
 
 def _of_model(file: Any) -> KerasFile:
-    """Of a file that has variables by their paths, layer by layer."""
+    """Reads a file whose variables have paths, layer by layer."""
     root = _weights_of(file)
     layers = [*_texts(root.attrs, "layer_names"), "top_level_model_weights"]
     weights: dict[str, np.ndarray] = {}
@@ -114,12 +114,12 @@ def _weights_of(file: Any) -> Any:
 
 
 def _ordered(group: Any) -> dict[str, np.ndarray]:
-    """The arrays of a group by their names, in the order that it gives."""
+    """The arrays of a group by name, in the order that the group gives."""
     return {name: array(group[name][()]) for name in _texts(group.attrs, "weight_names")}
 
 
 def _texts(attributes: Mapping[str, Any], name: str) -> list[str]:
-    """A list of texts in attributes: one of them, or several by numbers if it is long."""
+    """A list of texts in attributes: a single attribute, or several numbered ones if it is long."""
     if name in attributes:
         return [_text(text) for text in attributes[name]]
     found: list[str] = []

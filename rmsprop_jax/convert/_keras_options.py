@@ -1,41 +1,42 @@
-"""What ``get_config()`` of Keras's RMSprop says: which rule it follows."""
+"""The options in ``get_config()`` of Keras's RMSprop, as arguments of its dialect."""
 
 from collections.abc import Mapping
 from typing import Any
 
-# What tx must be made of beside the rule, for what Keras does within the optimizer.
+# What tx needs besides the rule, for what Keras does within the optimizer.
 _WRAPPERS = {
     "clipnorm": "optax.chain(optax.stateless_with_tree_map(lambda g, _: "
     "optax.projections.projection_l2_ball(g, {})), tx)",
     "clipvalue": "optax.chain(optax.clip({}), tx)",
     "global_clipnorm": "optax.chain(optax.clip_by_global_norm({}), tx)",
-    "gradient_accumulation_steps": "optax.MultiSteps(tx, {}), and the same to from_keras",
+    "gradient_accumulation_steps": "optax.MultiSteps(tx, {}), and pass the same to from_keras",
     "use_ema": "optax.incremental_update(params, average, 1 - ema_momentum) after each step, and "
-    "ignore=('average',) to from_keras",
+    "pass ignore=('average',) to from_keras",
 }
 _RULE = ("rho", "momentum", "epsilon", "centered", "weight_decay")
 
 
 def keras_options(config: Mapping[str, Any], **instead: Any) -> dict[str, Any]:
-    """The arguments of ``dialects.keras`` for an ``optimizer.get_config()``.
+    """Returns the arguments of ``dialects.keras`` for an ``optimizer.get_config()``.
 
-    The learning rate is the one that the optimizer had then. What ``exclude_from_weight_decay``
-    was told is in no config; ``loss_scale_factor`` does not change the rule.
+    The learning rate is the one that the optimizer had then. Variables passed to
+    ``exclude_from_weight_decay`` are not in a config. ``loss_scale_factor`` does not change the
+    rule.
 
     Args:
-      config: of ``keras.optimizers.RMSprop``, or of a ``LossScaleOptimizer`` around one; as Keras
-        serializes an optimizer, with "class_name" and "config", or what is in the latter.
-      **instead: what is to be used instead of config's, as ``learning_rate=schedule`` where it has
-        a schedule of Keras, or ``clipnorm=None`` where tx is to clip in another way.
+      config: that of ``keras.optimizers.RMSprop``, or of a ``LossScaleOptimizer`` around one; as
+        Keras serializes an optimizer, with "class_name" and "config", or only the latter's content.
+      **instead: values that replace those of config, such as ``learning_rate=schedule`` if config
+        has a Keras schedule, or ``clipnorm=None`` if tx clips in another way.
 
     Returns:
       learning_rate, rho, momentum, epsilon, centered and weight_decay.
 
     Raises:
-      ValueError: if the config is of another optimizer, or has a schedule, clipping, averages of
-        weights or accumulated gradients, which are no arguments of ``dialects.keras``. The error
+      ValueError: if the config is from another optimizer, or has a schedule, clipping, averages of
+        weights or accumulated gradients, which are not arguments of ``dialects.keras``. The error
         says what to use instead, and how to get the other options.
-      TypeError: if instead has what is in no config of RMSprop.
+      TypeError: if instead has a name that is not in a config of RMSprop.
 
     Example:
       >>> import optax
@@ -53,13 +54,13 @@ def keras_options(config: Mapping[str, Any], **instead: Any) -> dict[str, Any]:
     config |= instead
     if missing := sorted({"learning_rate", *_RULE} - set(config)):
         raise ValueError(
-            f"config has no {missing[0]!r}, which Keras 3's RMSprop has: it is of another "
+            f"config has no {missing[0]!r}, which Keras 3's RMSprop has: it is from another "
             f"optimizer or version; it has {sorted(config)}"
         )
     for name, wrapper in _WRAPPERS.items():
         if (value := config.get(name)) is not None and value is not False:
             raise ValueError(
-                f"config has {name}={value}, which is no argument of dialects.keras. Use "
+                f"config has {name}={value}, which is not an argument of dialects.keras. Use "
                 f"{wrapper.format(value)}; for the other options, keras_options(config, "
                 f"{name}=None)"
             )
@@ -67,8 +68,8 @@ def keras_options(config: Mapping[str, Any], **instead: Any) -> dict[str, Any]:
     if isinstance(rate, Mapping):
         raise ValueError(
             f"config has the schedule {rate.get('class_name')!r} as learning_rate, with "
-            f"{rate.get('config')}: give it as a function of the number of steps, as those of "
-            "optax are, by keras_options(config, learning_rate=schedule)"
+            f"{rate.get('config')}: pass it as a function of the number of steps, like those of "
+            "optax, by keras_options(config, learning_rate=schedule)"
         )
     options = {name: config[name] for name in _RULE}
     numbers = {n: v if v is None or isinstance(v, bool) else float(v) for n, v in options.items()}
@@ -76,7 +77,7 @@ def keras_options(config: Mapping[str, Any], **instead: Any) -> dict[str, Any]:
 
 
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of the RMSprop in what Keras serializes, flat."""
+    """The flat config of the RMSprop in what Keras serializes."""
     while True:
         name = config.get("class_name", "RMSprop")
         if name not in ("RMSprop", "LossScaleOptimizer"):

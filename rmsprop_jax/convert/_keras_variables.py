@@ -1,4 +1,4 @@
-"""Which of a Keras optimizer's variables is what: by their paths, or by their order in files."""
+"""Tells the variables of a Keras optimizer apart, by their paths or by their order in files."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -11,16 +11,16 @@ from rmsprop_jax.convert._mapping import Name
 IGNORABLE = ("average", "loss_scale")
 _AVERAGE, _ACCUMULATOR = "average", "gradient_accumulator"
 _SLOTS = (_AVERAGE, _ACCUMULATOR, "velocity", "momentum", "average_gradient")  # in Keras's order
-_LOSS_SCALE = 4  # its variables: two of any optimizer that it does not use, a counter and the scale
+_LOSS_SCALE = 4  # its variables: two unused ones of any optimizer, a counter and the scale
 _ASK = {
-    _AVERAGE: "to go on without the averages of use_ema: ignore=('average',)",
-    _ACCUMULATOR: "to go on without them: gradient_accumulation_steps, as the optimizer has it",
-    "loss_scale": "to go on without the scale of LossScaleOptimizer: ignore=('loss_scale',)",
+    _AVERAGE: "to continue without the averages of use_ema, pass ignore=('average',)",
+    _ACCUMULATOR: "to continue without them, pass the optimizer's gradient_accumulation_steps",
+    "loss_scale": "to continue without the scale of LossScaleOptimizer: ignore=('loss_scale',)",
 }
 
 
 class Arranged(NamedTuple):
-    """What from_keras takes of the variables: the number of steps and, by slot, the arrays."""
+    """What from_keras needs of the variables: the number of steps, and the arrays of each slot."""
 
     steps: int
     slots: dict[str, list[np.ndarray]]
@@ -33,10 +33,10 @@ def arranged(
     ignore: Sequence[str],
     accumulation_steps: int | None,
 ) -> Arranged:
-    """The variables by what they are, of trainable variables of names and slots that are kept.
+    """Sorts the variables into the slots that tx keeps, for trainable variables of these names.
 
     Raises:
-      ValueError: if they are not exactly these, and those that are asked to be left out.
+      ValueError: if they are not exactly these slots, and those to be left out on request.
     """
     if isinstance(ignore, str) or not set(ignore) <= set(IGNORABLE):
         raise ValueError(f"ignore must be of {IGNORABLE}, got {ignore!r}")
@@ -54,13 +54,13 @@ def arranged(
         asked = " and was asked" if left else ""
         raise ValueError(
             f"variables must be {first}the number of steps, the learning rate unless it is a "
-            f"schedule, and {count} each of {slots} as tx has them{asked}; got arrays of shapes "
-            f"{[a.shape for a in arrays]}. There are more with momentum or centered, which tx "
-            "then needs, too, and with what is not of RMSProp: " + "; ".join(_ASK.values())
+            f"schedule, and {count} each of {slots}, as tx has them{asked}; got arrays of shapes "
+            f"{[a.shape for a in arrays]}. With momentum or centered there are more, which tx then "
+            "needs, too. There are also more with what is not RMSProp: " + "; ".join(_ASK.values())
         )
     for i, path in enumerate(paths[begin:], begin):
         if _kind(path) != (wanted := slots[(i - begin) // count]):
-            raise ValueError(f"variables[{i}] is {path!r}, but tx wants {_one(wanted)} there")
+            raise ValueError(f"variables[{i}] is {path!r}, but tx needs {_one(wanted)} there")
     _refuse_another_order(paths[begin : begin + count], names)
     found = {
         slot: arrays[begin + i * count : begin + (i + 1) * count]
@@ -74,7 +74,7 @@ def arranged(
 
 
 def _listed(variables: Any) -> tuple[list[str], list[np.ndarray]]:
-    """The paths of all, none if some have none, and the arrays."""
+    """The paths of all variables (an empty list if any lacks one), and the arrays."""
     if not isinstance(variables, Mapping):
         paths = [getattr(variable, "path", "") for variable in variables]
         return paths if all(paths) else [], [array(variable) for variable in variables]
@@ -90,15 +90,15 @@ def _listed(variables: Any) -> tuple[list[str], list[np.ndarray]]:
 
 
 def _counted(arrays: Sequence[np.ndarray], begin: int, before: int) -> bool:
-    """Whether there are numbers before the slots, integers where Keras counts and only there."""
+    """Whether there are scalars before the slots, and integers exactly where Keras counts."""
     whole = [i for i, a in enumerate(arrays) if np.issubdtype(a.dtype, np.integer)]
-    counters, rate = list(range(0, before + 1, 2)), before + 1  # a rate may be whole, too
+    counters, rate = list(range(0, before + 1, 2)), before + 1  # a rate may be an integer, too
     numbers = all(a.shape == () for a in arrays[:begin])
     return numbers and whole in (counters, [*counters, rate])
 
 
 def _kind(path: str) -> str:
-    """The slot that a variable is of, or the last part of its path."""
+    """The slot that a variable belongs to, or the last part of its path."""
     last = path.rpartition("/")[2]
     return next((slot for slot in _SLOTS if last.endswith(f"_{slot}")), last)
 
@@ -108,15 +108,17 @@ def _one(slot: str) -> str:
 
 
 def _refuse_unasked(paths: Sequence[str], slots: Sequence[str], before: int) -> None:
-    """Refuses, by their paths, variables that RMSProp has not."""
+    """Refuses, by their paths, variables that do not belong to RMSProp."""
     for i, path in enumerate(paths):
         kind = _kind(path)
         if kind in (_AVERAGE, _ACCUMULATOR) and kind not in slots:
             raise ValueError(
-                f"variables[{i}] is {path!r}, but tx wants {_one(slots[0])} there; {_ASK[kind]}"
+                f"variables[{i}] is {path!r}, but tx needs {_one(slots[0])} there; {_ASK[kind]}"
             )
         if kind == "dynamic_scale" and not before:
-            raise ValueError(f"variables[{i}] is {path!r}, which tx has not; {_ASK['loss_scale']}")
+            raise ValueError(
+                f"variables[{i}] is {path!r}, which tx does not have; {_ASK['loss_scale']}"
+            )
 
 
 def _refuse_another_order(paths: Sequence[str], names: Sequence[Name]) -> None:
@@ -128,7 +130,7 @@ def _refuse_another_order(paths: Sequence[str], names: Sequence[Name]) -> None:
 
 
 def _refuse_others(found: Mapping[str, Sequence[np.ndarray]]) -> None:
-    """Refuses weights, or sums of gradients, in the place of second moments, as numbers tell."""
+    """Refuses, by their values, weights or sums of gradients instead of second moments."""
     (velocity, first), *rest = found.items()
     for slot, second in rest[:1]:
         weights = any(np.any(a < 0) for a in first) and not any(np.any(a < 0) for a in second)

@@ -1,14 +1,15 @@
 """Ready-made mappings of the layers that Flax, PyTorch and Keras have in common.
 
-Each gives the entries of a mapping for one layer, by its path in ours and its name in theirs; a
-model's mapping is their union: ``torch_dense("fc1", "fc1") | torch_dense("fc2", "fc2")``.
+Each function returns the entries of a mapping for one layer, from its path in Flax and its name in
+the framework. The mapping of a model is their union: ``torch_dense("fc1", "fc1") |
+torch_dense("fc2", "fc2")``.
 """
 
 from rmsprop_jax.convert._mapping import Leaf
 
 
 def torch_dense(path: str, name: str, *, bias: bool = True) -> dict[str, Leaf]:
-    """Flax's ``Dense`` or ``Linear`` at a path, ``torch.nn.Linear`` of a name.
+    """Maps Flax's ``Dense`` or ``Linear`` to ``torch.nn.Linear``.
 
     Example:
       >>> from rmsprop_jax import convert
@@ -23,16 +24,15 @@ def torch_dense(path: str, name: str, *, bias: bool = True) -> dict[str, Leaf]:
 def torch_dense_after_conv(
     path: str, name: str, image: tuple[int, int, int], *, bias: bool = True
 ) -> dict[str, Leaf]:
-    """A ``Dense`` whose input is a flattened image of (height, width, channels).
+    """Maps a ``Dense`` on a flattened image of (height, width, channels) to ``torch.nn.Linear``.
 
-    PyTorch flattens (channels, height, width), so that the rows of the kernel are in another
-    order.
+    PyTorch flattens (channels, height, width), so the rows of the kernel are in another order.
 
     Args:
-      path: of Flax's layer.
-      name: of ``torch.nn.Linear``.
-      image: height, width and channels of what is flattened.
-      bias: whether the layer has one.
+      path: path of Flax's layer.
+      name: name of ``torch.nn.Linear``.
+      image: height, width and channels of the image that is flattened.
+      bias: whether the layer has a bias.
 
     Example:
       >>> from rmsprop_jax import convert
@@ -45,7 +45,7 @@ def torch_dense_after_conv(
 
 
 def torch_conv(path: str, name: str, *, dims: int = 2, bias: bool = True) -> dict[str, Leaf]:
-    """Flax's ``Conv`` at a path, ``torch.nn.Conv1d``, ``Conv2d`` or ``Conv3d`` of a name.
+    """Maps Flax's ``Conv`` to ``torch.nn.Conv1d``, ``Conv2d`` or ``Conv3d``.
 
     Example:
       >>> from rmsprop_jax import convert
@@ -57,7 +57,7 @@ def torch_conv(path: str, name: str, *, dims: int = 2, bias: bool = True) -> dic
 
 
 def torch_norm(path: str, name: str) -> dict[str, Leaf]:
-    """Flax's ``BatchNorm``, ``LayerNorm`` or ``GroupNorm``, and PyTorch's of a name.
+    """Maps Flax's ``BatchNorm``, ``LayerNorm`` or ``GroupNorm`` to that of PyTorch.
 
     Example:
       >>> from rmsprop_jax import convert
@@ -68,15 +68,15 @@ def torch_norm(path: str, name: str) -> dict[str, Leaf]:
 
 
 def torch_norm_stats(path: str, name: str) -> dict[str, Leaf]:
-    """The running statistics of Flax's ``BatchNorm``, and PyTorch's of a name.
+    """Maps the running statistics of Flax's ``BatchNorm`` to those of PyTorch.
 
-    For :func:`params_from` on ``batch_stats`` or ``nnx.state(model, nnx.BatchStat)``, with the
-    model's ``state_dict()``.
+    Use it with :func:`params_from` on ``batch_stats`` or ``nnx.state(model, nnx.BatchStat)``, and
+    the model's ``state_dict()``.
 
-    In training the two move differently. PyTorch's momentum is the weight of the new batch, .1 if
-    it is not set; that of ``linen.BatchNorm`` and ``nnx.BatchNorm`` is the weight of the past, .99
-    if it is not set: for PyTorch's m give Flax 1 - m. And where a batch has n numbers in a channel,
-    the variance that PyTorch adds is the unbiased one, n / (n - 1) times that of Flax.
+    In training the two move differently. PyTorch's momentum is the weight of the new batch, .1 by
+    default. That of ``linen.BatchNorm`` and ``nnx.BatchNorm`` is the weight of the past, .99 by
+    default: for PyTorch's m, set 1 - m in Flax. And if a batch has n numbers in a channel, the
+    variance that PyTorch adds is the unbiased one, n / (n - 1) times that of Flax.
 
     Example:
       >>> from rmsprop_jax import convert
@@ -90,7 +90,7 @@ def torch_norm_stats(path: str, name: str) -> dict[str, Leaf]:
 
 
 def torch_embedding(path: str, name: str) -> dict[str, Leaf]:
-    """Flax's ``Embed`` at a path, ``torch.nn.Embedding`` of a name.
+    """Maps Flax's ``Embed`` to ``torch.nn.Embedding``.
 
     Example:
       >>> from rmsprop_jax import convert
@@ -101,9 +101,10 @@ def torch_embedding(path: str, name: str) -> dict[str, Leaf]:
 
 
 def keras_dense(path: str, name: str, *, bias: bool = True) -> dict[str, Leaf]:
-    """Flax's ``Dense``, ``Linear`` or ``Conv`` at a path, Keras's of a name.
+    """Maps Flax's ``Dense``, ``Linear`` or ``Conv`` to that of Keras.
 
-    Their kernels are laid out alike, but for Keras's depthwise and transposed convolutions.
+    The layouts of their kernels are the same, except for Keras's depthwise and transposed
+    convolutions.
 
     Example:
       >>> from rmsprop_jax import convert
@@ -118,7 +119,7 @@ keras_conv = keras_dense
 
 
 def keras_norm(path: str, name: str) -> dict[str, Leaf]:
-    """Flax's ``BatchNorm``, ``LayerNorm`` or ``GroupNorm``, and Keras's of a name.
+    """Maps Flax's ``BatchNorm``, ``LayerNorm`` or ``GroupNorm`` to that of Keras.
 
     Example:
       >>> from rmsprop_jax import convert
@@ -129,9 +130,9 @@ def keras_norm(path: str, name: str) -> dict[str, Leaf]:
 
 
 def keras_norm_stats(path: str, name: str) -> dict[str, Leaf]:
-    """The running statistics of Flax's ``BatchNorm``, and Keras's of a name.
+    """Maps the running statistics of Flax's ``BatchNorm`` to those of Keras.
 
-    For :func:`params_from` on ``batch_stats`` or ``nnx.state(model, nnx.BatchStat)``, with
+    Use it with :func:`params_from` on ``batch_stats`` or ``nnx.state(model, nnx.BatchStat)``, and
     ``{v.path: v for v in model.non_trainable_variables if "moving_" in v.path}``.
 
     Example:
@@ -146,7 +147,7 @@ def keras_norm_stats(path: str, name: str) -> dict[str, Leaf]:
 
 
 def keras_embedding(path: str, name: str) -> dict[str, Leaf]:
-    """Flax's ``Embed`` at a path, ``keras.layers.Embedding`` of a name.
+    """Maps Flax's ``Embed`` to ``keras.layers.Embedding``.
 
     Example:
       >>> from rmsprop_jax import convert

@@ -16,24 +16,24 @@ Name = str | int
 
 
 class Leaf(NamedTuple):
-    """Where another framework keeps a leaf, and how it lays it out.
+    """Where another framework stores a leaf, and in which layout.
 
-    The framework's array is given a shape, cut into parts, permuted, and given the shape of ours.
+    The framework's array is reshaped, cut into parts, permuted, and reshaped to the shape of ours.
 
     Attributes:
-      name: of the framework's array, or its number.
+      name: name or number of the framework's array.
       axes: the permutation, as of ``np.transpose``, that turns the framework's array into ours;
         None for none.
-      shape: the shape that the framework's array is given before it is cut and its axes are
-        permuted, and from which ours is then made flat; None for its own.
-      part: (i, n, axis) for the i-th of n equal parts along an axis of the framework's array, in
-        its shape here, as recurrent layers have them; None for the whole.
-      also: names of arrays that are added to it in the framework, as the second bias of PyTorch's
-        recurrent layers is, or a Leaf where it is not laid out like this one. Their state is the
-        same; a parameter is the sum, and shared out equally.
-      original: the shape that the framework's array has itself, where ``shape`` gives it another;
-        None for a matrix with ``shape[0]`` rows, as linear layers have it. In both shapes one
-        number may be -1, for what is left.
+      shape: the shape to which the framework's array is reshaped before it is cut and permuted;
+        afterwards it is reshaped to ours. None for its own shape.
+      part: (i, n, axis) for the i-th of n equal parts along an axis of the framework's array in the
+        shape above, as in recurrent layers; None for the whole.
+      also: names of arrays that the framework adds to this one, such as the second bias of
+        PyTorch's recurrent layers, or a Leaf for one in another layout. They have the same state; a
+        parameter is their sum, and is divided equally among them.
+      original: the own shape of the framework's array if ``shape`` is another; None for a matrix
+        with ``shape[0]`` rows, as in linear layers. In both shapes one number may be -1, for the
+        rest.
     """
 
     name: Name
@@ -44,13 +44,13 @@ class Leaf(NamedTuple):
     original: tuple[int, ...] | None = None
 
     def terms(self) -> tuple["Leaf", ...]:
-        """Leaves of one array each, of which it is the sum."""
+        """Leaves of one array each, whose sum it is."""
         first = self._replace(also=())
         others = (x if isinstance(x, Leaf) else first._replace(name=x) for x in self.also)
         return (first, *(term for other in others for term in other.terms()))
 
     def names(self) -> tuple[Name, ...]:
-        """The arrays that it is made of, one a term."""
+        """The arrays that it consists of, one for each term."""
         return tuple(term.name for term in self.terms())
 
 
@@ -60,7 +60,7 @@ _WHOLE = (0, 1, 0)  # as a part
 
 
 def by_path(tree: PyTree) -> dict[str, Any]:
-    """The leaves of a tree, or its slots, by their path, as in "layer/kernel"."""
+    """The leaves of a tree, or its slots, by path such as "layer/kernel"."""
     leaves: dict[str, Any] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_packed):
         if (name := leaf_name(path)) in leaves:
@@ -72,16 +72,16 @@ def by_path(tree: PyTree) -> dict[str, Any]:
 def resolve(
     mapping: LeafMapping, params: optax.Params, wanted: Collection[str] | None = None
 ) -> dict[str, Leaf]:
-    """The mapping with every value a Leaf, which must name each leaf of params, and no other.
+    """The mapping with every value as a Leaf; it must name each leaf of params, and no others.
 
-    Or each of those wanted; others may be named, too. What it names of the framework's arrays it
-    must use wholly, and once.
+    If wanted is given, it must name those, and may name other leaves of params. It must use each of
+    the framework's arrays that it names completely, and once.
     """
     paths = set(by_path(params))
     if missing := sorted(set(paths if wanted is None else wanted) - set(mapping)):
         raise ValueError(f"mapping must name every parameter: {missing} are missing")
     if unexpected := sorted(set(mapping) - paths):
-        raise ValueError(f"mapping names {unexpected}, of which params has only {sorted(paths)}")
+        raise ValueError(f"mapping names {unexpected}, but params has only {sorted(paths)}")
     leaves = {path: as_leaf(value) for path, value in mapping.items()}
     uses: dict[Name, list[tuple[str, Leaf]]] = {}
     for path, leaf in leaves.items():
@@ -99,34 +99,34 @@ def resolve(
 
 
 def as_leaf(value: Any) -> Leaf:
-    """A value of a mapping, with nothing but a name if it is only that."""
+    """A value of a mapping as a Leaf, which has only a name if the value is one."""
     leaf = value if isinstance(value, Leaf) else Leaf(value)
     if any(not isinstance(n, str | int) or isinstance(n, bool) for n in leaf.names()):
-        raise TypeError(f"mapping must have a Leaf, a name or a number a path, got {value!r}")
+        raise TypeError(f"mapping must have a Leaf, name or number for each path, got {value!r}")
     return leaf
 
 
 def refuse_unmapped(
     names: Iterable[Name], leaves: Mapping[str, Leaf], wanted: Collection[str] | None = None
 ) -> None:
-    """Refuses arrays that no leaf is mapped to, and leaves mapped to none, if they are wanted."""
+    """Refuses arrays without a leaf, and leaves without an array (only those wanted, if given)."""
     have, used = set(names), set(names_of(leaves.values()))
     wanted = leaves if wanted is None else wanted
     if missing := sorted(set(names_of(leaves[path] for path in wanted)) - have, key=str):
-        raise ValueError(f"mapping names {missing}, of which there are only {_some(have)}")
+        raise ValueError(f"mapping names {missing}, but the source has only {_some(have)}")
     if unused := sorted(have - used, key=str):
-        raise ValueError(f"mapping names nothing of {unused}")
+        raise ValueError(f"mapping has no entry for {unused}")
 
 
 def names_of(leaves: Iterable[Leaf]) -> list[Name]:
-    """All arrays that leaves are made of, each once."""
+    """All arrays that leaves consist of, each once."""
     return list(dict.fromkeys(name for leaf in leaves for name in leaf.names()))
 
 
 def take(array: np.ndarray, leaf: Leaf, shape: tuple[int, ...], what: str) -> np.ndarray:
-    """Of another framework's array, what a leaf of some shape is made of: its first term.
+    """The part of another framework's array that becomes a leaf of this shape (its first term).
 
-    It is refused if :func:`assembled` would not give it back.
+    It is refused if :func:`assembled` would not invert this.
     """
     refusal = f"{what} has shape {array.shape}: by {leaf} it does not become {shape}"
     found = array
@@ -158,7 +158,7 @@ def take(array: np.ndarray, leaf: Leaf, shape: tuple[int, ...], what: str) -> np
 def assembled(
     values: Mapping[str, np.ndarray], leaves: Mapping[str, Leaf]
 ) -> dict[Name, np.ndarray]:
-    """The arrays of another framework, made of the values of all leaves: the inverse of take."""
+    """The arrays of another framework, assembled from the values of all leaves: inverts take."""
     parts: dict[Name, dict[int, np.ndarray]] = {}
     terms: dict[Name, Leaf] = {}
     for path, leaf in leaves.items():
@@ -166,7 +166,9 @@ def assembled(
             try:
                 value = _undo(values[path], term)
             except (ValueError, IndexError):
-                raise ValueError(f"{path!r} has shape {values[path].shape}: no {leaf}") from None
+                raise ValueError(
+                    f"{path!r} has shape {values[path].shape}, which does not match {leaf}"
+                ) from None
             index, _, _ = term.part or _WHOLE
             parts.setdefault(term.name, {})[index] = value
             terms[term.name] = term
@@ -174,7 +176,7 @@ def assembled(
 
 
 def _undo(value: np.ndarray, term: Leaf) -> np.ndarray:
-    """A part of the framework's array, in the shape in which it is cut."""
+    """A part of the framework's array, in the shape in which the array is cut."""
     ndim = value.ndim
     if (shapes := _shapes(term)) is not None:
         cut, ndim = list(shapes[0]), len(shapes[0])
@@ -194,7 +196,7 @@ def _undo(value: np.ndarray, term: Leaf) -> np.ndarray:
 
 
 def _joined(parts: Mapping[int, np.ndarray], term: Leaf) -> np.ndarray:
-    """The framework's array of all of its parts."""
+    """The framework's array, from all of its parts."""
     _, count, axis = term.part or _WHOLE
     if len(parts) != count:
         raise ValueError(f"there are {len(parts)} of the {count} parts of {term.name!r}")
@@ -208,7 +210,7 @@ def _joined(parts: Mapping[int, np.ndarray], term: Leaf) -> np.ndarray:
 
 
 def _shapes(leaf: Leaf) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """What the framework's array is given, and what it has itself; None if it is not reshaped."""
+    """The shape to which the framework's array is reshaped, and its own; None if not reshaped."""
     if leaf.original is not None:
         return leaf.original if leaf.shape is None else leaf.shape, leaf.original
     if leaf.shape is None:

@@ -9,9 +9,9 @@ _STATISTICS = ("running_mean", "running_var", _BATCHES)
 
 
 def of_a_kind(names: Iterable[Name], mapping: LeafMapping) -> list[Name]:
-    """Of names of a model those of parameters, of running statistics or of both, as a mapping has.
+    """The names of parameters, of running statistics, or of both, whichever a mapping has.
 
-    That of a number of batches, which nothing in Flax corresponds to, is left out.
+    Names of a number of batches, which has no counterpart in Flax, are left out.
     """
     wanted = _wanted(mapping)
     kinds = {_last(name) in _STATISTICS for name in wanted}
@@ -27,14 +27,14 @@ def of_a_kind(names: Iterable[Name], mapping: LeafMapping) -> list[Name]:
 def bare(names: Iterable[Name]) -> list[Name]:
     """Names without the prefixes of wrappers.
 
-    ``torch.compile`` may wrap a part of a model; ``DataParallel``, also the distributed one, wraps
-    the whole.
+    ``torch.compile`` may wrap a part of a model; ``DataParallel``, distributed or not, wraps the
+    whole model.
     """
     return [_whole(_compiled(name)) for name in names]
 
 
 def refuse_prefixes(names: Iterable[Name], mapping: LeafMapping, argument: str) -> None:
-    """Refuses names that would be those of a mapping if they were bare."""
+    """Refuses names that a mapping has only without the prefixes of wrappers."""
     names = list(names)
     missing = _wanted(mapping) - set(names)
     if not missing or not missing <= set(bare(names)):
@@ -45,8 +45,8 @@ def refuse_prefixes(names: Iterable[Name], mapping: LeafMapping, argument: str) 
     if any(_whole(_compiled(name)) != _compiled(name) for name in names):
         found, how = [*found, "'module.' of DataParallel"], how + ".removeprefix('module.')"
     raise ValueError(
-        f"{argument} must be as mapping has them, without {' and '.join(found)}, got "
-        f"{names[0]!r}: take {how} for each name"
+        f"{argument} must be those of mapping, without {' and '.join(found)}, got "
+        f"{names[0]!r}: use {how} for each name"
     )
 
 

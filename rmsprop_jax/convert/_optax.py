@@ -15,7 +15,7 @@ from rmsprop_jax.convert._foreign import Entry, Foreign
 from rmsprop_jax.convert._mapping import Leaf, LeafMapping, Name, by_path, take
 from rmsprop_jax.convert._state import rules_at, to_ours, to_theirs
 
-# Of these Optax exports but four. Adam's, say, has the same fields.
+# Optax exports only four of these. Others, such as Adam's, have the same fields.
 _STATES = {
     "ScaleByRmsState",
     "ScaleByRmsWithCountState",
@@ -33,26 +33,26 @@ def from_optax(
     *,
     steps: int | None = None,
 ) -> optax.OptState:
-    """The state with which a transformation goes on where ``optax.rmsprop`` stopped.
+    """Converts the state of ``optax.rmsprop`` to that of a transformation of this library.
 
-    s is ``nu``, less ``mu`` squared if centered; b is ``trace`` with its sign changed, since
-    Optax's points downhill. Under bias correction both are divided by 1 - decay^steps.
+    s is ``nu``, minus ``mu`` squared if centered. b is ``trace`` with its sign changed, since
+    Optax's points downhill. With bias correction both moments are divided by 1 - decay^steps.
 
     Args:
-      opt_state: of ``optax.rmsprop``, in any of its forms and of Optax's wrappers, or of several
-        for different parameters.
-      params: tree of parameters; only its structure, shapes, dtypes and placement count.
-      tx: the transformation to go on with, ``rmsprop(...)`` as a rule. It may be wrapped: every
-        RMSPropState in its state is filled, the counts of wrappers and schedules go on, and all
-        else is as ``init`` makes it.
-      steps: how many were taken; None for what opt_state says, which knows it if it has a schedule,
-        bias correction, or ``optax.MultiSteps`` around it, or else 0.
+      opt_state: the state of ``optax.rmsprop`` in any of its forms, possibly inside Optax's
+        wrappers, or of several for different parameters.
+      params: tree of parameters, of which only the structure, shapes, dtypes and placement matter.
+      tx: the transformation to continue with, usually ``rmsprop(...)``. It may be wrapped: every
+        RMSPropState in its state is filled, the counts of wrappers and schedules continue, and
+        everything else is as ``init`` makes it.
+      steps: number of steps taken; None for that of opt_state, which has it if there is a schedule,
+        bias correction, or ``optax.MultiSteps`` around it, and otherwise for 0.
 
     Returns:
       The state of tx.
 
     Raises:
-      ValueError: if opt_state is of another form than tx, or of another tree than params, or its
+      ValueError: if opt_state has another form than tx, or another tree than params, or if its
         counts differ and steps is not given.
       TypeError: if tx is not a transformation of this library.
 
@@ -72,7 +72,7 @@ def from_optax(
             held = by_path(getattr(state, name))
             if twice := sorted(set(held) & set(slots[name])):
                 raise ValueError(
-                    f"opt_state must be of one optax.rmsprop, and has {name} of {twice} twice"
+                    f"opt_state must be of one optax.rmsprop, but has {name} of {twice} twice"
                 )
             slots[name] |= held
     if not slots["nu"]:
@@ -85,7 +85,7 @@ def from_optax(
         found_steps = sorted({count for _, count in counts}) or [0]
         if len(found_steps) > 1:
             raise ValueError(
-                f"opt_state has the counts {found_steps}: give steps. They are of {sorted(counts)}"
+                f"opt_state has the counts {found_steps}: pass steps. They are of {sorted(counts)}"
             )
         (steps,) = found_steps
     corrected = any({"nu", "count"} <= set(state._fields) for state in found)
@@ -104,19 +104,19 @@ def to_optax(
     tx: optax.GradientTransformation,
     like: optax.OptState,
 ) -> optax.OptState:
-    """The state with which ``optax.rmsprop`` goes on: :func:`from_optax` undone.
+    """Converts a state to ``optax.rmsprop``: the inverse of :func:`from_optax`.
 
     Args:
-      state: of tx.
+      state: the state of tx.
       params: tree of parameters.
-      tx: the transformation whose state it is.
-      like: a state of the ``optax.rmsprop`` that goes on, as ``init`` makes it.
+      tx: the transformation that the state belongs to.
+      like: a state of the ``optax.rmsprop`` that is to continue, as ``init`` makes it.
 
     Returns:
-      like, with other values.
+      like, with the converted values.
 
     Raises:
-      ValueError: if like is of another form than tx, or of another tree than params.
+      ValueError: if like has another form than tx, or another tree than params.
       TypeError: if tx is not a transformation of this library.
 
     Example:
@@ -136,7 +136,7 @@ def to_optax(
     def slot(field: str, path: KeyPath, old: Any) -> Any:
         where = leaf_name(path)
         if where not in foreign.entries:
-            raise ValueError(f"like has {where!r}, and params has not")
+            raise ValueError(f"like has {where!r}, but params does not")
         if where not in kept:
             return old
         value = getattr(foreign.entries[where], field)
@@ -149,7 +149,7 @@ def to_optax(
         new: dict[str, Any] = {}
         for field in _fields(old):
             if not has[field]:
-                raise ValueError(f"like has {field}, and tx has not")
+                raise ValueError(f"like has {field}, but tx does not")
             new[field] = tree_map_with_path(functools.partial(slot, field), getattr(old, field))
             filled[field] |= set(by_path(new[field]))
         if "count" in old._fields:
@@ -161,22 +161,22 @@ def to_optax(
     corrected: list[bool] = []
     made = jax.tree.map(fill, at_step(like, foreign.steps), is_leaf=_is_theirs)
     if left := sorted(field for field in has if has[field] and not filled[field]):
-        raise ValueError(f"tx has {left}, and like has not")
+        raise ValueError(f"tx has {left}, but like does not")
     for field, paths in filled.items():
         if paths and (missing := sorted(kept - paths)):
             raise ValueError(f"like has no {field} of {missing}")
     if any(corrected) != (foreign.weight_sum is not None):
-        raise ValueError(f"bias_correction={any(corrected)} in like, but not so in tx")
+        raise ValueError(f"bias_correction={any(corrected)} in like, but not in tx")
     return made
 
 
 def _mapping(params: optax.Params) -> LeafMapping:
-    """Of each leaf to itself."""
+    """Maps each leaf to itself."""
     return {path: path for path in by_path(params)}
 
 
 def _counts(opt_state: optax.OptState) -> set[tuple[str, int]]:
-    """The counts of updates in optax.rmsprop and around it, with the states that they are of."""
+    """The counts of updates in optax.rmsprop and around it, with the names of their states."""
 
     def is_either(node: Any) -> bool:
         return is_counter(node) or _is_theirs(node)
@@ -187,7 +187,7 @@ def _counts(opt_state: optax.OptState) -> set[tuple[str, int]]:
         within = _counts(getattr(node, inner)) if inner else set()
         counts |= within
         if isinstance(node, optax.MultiStepsState) and within:
-            continue  # which may have been put around it later
+            continue  # the wrapper may have been added later
         around = inner and any(map(_is_theirs, jax.tree.leaves(node, is_leaf=_is_theirs)))
         if (around or _is_theirs(node)) and counter in node._fields:
             counts.add((type(node).__name__, int(getattr(node, counter))))
@@ -195,7 +195,7 @@ def _counts(opt_state: optax.OptState) -> set[tuple[str, int]]:
 
 
 def _fields(state: Any) -> list[str]:
-    """Which slots a state of Optax has."""
+    """The slots that a state of Optax has."""
     return [field for field in Entry._fields if field in state._fields]
 
 

@@ -1,4 +1,4 @@
-"""Parameters themselves, by the mapping of their states."""
+"""Conversion of the parameters themselves, by the mapping for their states."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -24,23 +24,23 @@ from rmsprop_jax.convert._names import of_a_kind, refuse_prefixes
 
 
 def params_from(arrays: Mapping[Name, Any], params: optax.Params, mapping: LeafMapping) -> PyTree:
-    """A tree of parameters with another framework's values.
+    """Converts the parameters of another framework to a tree of parameters.
 
     Args:
-      arrays: of the framework, by the names of the mapping: ``model.state_dict()`` of PyTorch, or a
-        file of it, ``{v.path: v for v in model.trainable_variables}`` of Keras. Of a
-        ``state_dict`` with running statistics (running_mean, running_var), what mapping has is
-        taken, the parameters or the statistics, as by :func:`torch_norm_stats`, and must be whole;
-        num_batches_tracked does not count.
+      arrays: arrays of the framework, by the names in mapping: ``model.state_dict()`` of PyTorch,
+        or a file of it; ``{v.path: v for v in model.trainable_variables}`` of Keras. If a
+        ``state_dict`` has running statistics (running_mean, running_var), mapping decides whether
+        the parameters or the statistics (see :func:`torch_norm_stats`) are taken; it must then
+        have all of them. num_batches_tracked is ignored.
       params: the tree that gives structure, shapes, dtypes and placement.
-      mapping: for each leaf of params by its path, as "layer/kernel", the name of the framework's
-        parameter, or a :class:`Leaf` if the layouts differ.
+      mapping: for each leaf of params, by its path such as "layer/kernel", the name of the
+        framework's parameter, or a :class:`Leaf` if the layouts differ.
 
     Returns:
       A tree like params.
 
     Raises:
-      ValueError: if an array is missing, left over or of a wrong shape.
+      ValueError: if an array is missing, left over or of the wrong shape.
 
     Example:
       >>> import numpy as np
@@ -68,7 +68,7 @@ def params_from(arrays: Mapping[Name, Any], params: optax.Params, mapping: LeafM
 
 
 def params_to(params: optax.Params, mapping: LeafMapping) -> dict[Name, np.ndarray]:
-    """The arrays of another framework with our parameters' values: :func:`params_from` undone.
+    """Converts parameters to arrays of another framework: the inverse of :func:`params_from`.
 
     Args:
       params: tree of parameters.
@@ -78,7 +78,7 @@ def params_to(params: optax.Params, mapping: LeafMapping) -> dict[Name, np.ndarr
       Arrays by the names of the mapping.
 
     Raises:
-      ValueError: if mapping is not of these parameters.
+      ValueError: if mapping does not match these parameters.
 
     Example:
       >>> import numpy as np

@@ -5,25 +5,25 @@ from types import MappingProxyType
 
 from rmsprop_jax.convert._mapping import Leaf
 
-# How the cells of Flax keep the gates i, f, g, o of a layer; None where one array has them all.
+# How the cells of Flax store the gates i, f, g, o of a layer; None if one array has them all.
 _GATES: Mapping[str, tuple[str, ...] | None] = MappingProxyType(
     {"linen": ("i", "f", "g", "o"), "nnx": ("i", "f_", "g", "o"), "nnx_optimized": None}
 )
 
 
 def torch_lstm(path: str, name: str, cell: str, *, layer: int = 0) -> dict[str, Leaf]:
-    """An LSTM cell of Flax at a path, one layer of ``torch.nn.LSTM`` of a name.
+    """Maps an LSTM cell of Flax to one layer of ``torch.nn.LSTM``.
 
-    PyTorch adds two biases where Flax has one, so that there the sum moves twice as far in a step.
-    To go on exactly, double the updates of ours: ``optax.chain(tx, optax.masked(optax.scale(2.0),
+    PyTorch adds two biases where Flax has one, so their sum moves twice as far per step in PyTorch.
+    To continue exactly, double the updates in JAX: ``optax.chain(tx, optax.masked(optax.scale(2.0),
     is_bias_of_an_lstm))``. With weight decay the two cannot be made equal.
 
     Args:
-      path: of the cell.
-      name: of ``torch.nn.LSTM``.
+      path: path of the cell.
+      name: name of ``torch.nn.LSTM``.
       cell: "linen" for both cells of ``flax.linen``, "nnx" for ``nnx.LSTMCell`` or
         "nnx_optimized" for ``nnx.OptimizedLSTMCell``.
-      layer: which layer of PyTorch's.
+      layer: which of PyTorch's layers.
 
     Example:
       >>> from rmsprop_jax import convert
@@ -44,22 +44,22 @@ def torch_lstm(path: str, name: str, cell: str, *, layer: int = 0) -> dict[str, 
 
 
 def torch_gru(path: str, name: str, cell: str, *, layer: int = 0) -> dict[str, Leaf]:
-    """A GRU cell of Flax at a path, one layer of ``torch.nn.GRU`` of a name, which has biases.
+    """Maps a GRU cell of Flax to one layer of ``torch.nn.GRU`` with biases.
 
-    ``linen.GRUCell`` has one bias where PyTorch adds two, for its gates r and z, and two for n. To
-    go on exactly, double the updates of the former: ``optax.chain(tx,
+    For its gates r and z, ``linen.GRUCell`` has one bias where PyTorch adds two; for n it has two.
+    To continue exactly, double the updates of the former: ``optax.chain(tx,
     optax.masked(optax.scale(2.0), is_ir_or_iz_bias))``. With weight decay the two cannot be made
     equal.
 
-    ``nnx.GRUCell`` has no bias in its recurrent layer, so that it cannot do what PyTorch's does.
-    Give it one, ``cell.dense_h = nnx.Linear(features, 3 * features, rngs=rngs)``; then all biases
-    are there, and nothing is to be doubled.
+    ``nnx.GRUCell`` has no bias in its recurrent layer, so it cannot compute what PyTorch's does.
+    Give it one, ``cell.dense_h = nnx.Linear(features, 3 * features, rngs=rngs)``. Then all biases
+    exist, and nothing has to be doubled.
 
     Args:
-      path: of the cell.
-      name: of ``torch.nn.GRU``.
+      path: path of the cell.
+      name: name of ``torch.nn.GRU``.
       cell: "linen" for ``linen.GRUCell``, "nnx" for ``nnx.GRUCell`` with that bias.
-      layer: which layer of PyTorch's.
+      layer: which of PyTorch's layers.
 
     Example:
       >>> from rmsprop_jax import convert
@@ -84,11 +84,11 @@ def torch_gru(path: str, name: str, cell: str, *, layer: int = 0) -> dict[str, L
 
 
 def keras_lstm(path: str, name: str, cell: str) -> dict[str, Leaf]:
-    """An LSTM cell of Flax at a path, the cell of ``keras.layers.LSTM`` of a name.
+    """Maps an LSTM cell of Flax to the cell of ``keras.layers.LSTM``.
 
     Args:
-      path: of the cell.
-      name: of Keras's cell, as in "sequential/lstm/lstm_cell".
+      path: path of the cell.
+      name: name of Keras's cell, such as "sequential/lstm/lstm_cell".
       cell: "linen" for both cells of ``flax.linen``, "nnx" for ``nnx.LSTMCell`` or
         "nnx_optimized" for ``nnx.OptimizedLSTMCell``.
 
@@ -108,15 +108,15 @@ def keras_lstm(path: str, name: str, cell: str) -> dict[str, Leaf]:
 
 
 def keras_gru(path: str, name: str, cell: str) -> dict[str, Leaf]:
-    """``linen.GRUCell`` at a path, the cell of ``keras.layers.GRU`` of a name.
+    """Maps ``linen.GRUCell`` to the cell of ``keras.layers.GRU``.
 
-    Keras's must have biases and ``reset_after=True``, as it has unless told otherwise. For its
-    gates r and z it adds two where Flax has one: to go on exactly, double the updates of ours, as
-    in :func:`torch_gru`.
+    Keras's cell must have biases and ``reset_after=True``, its defaults. For its gates r and z it
+    adds two biases where Flax has one: to continue exactly, double the updates in JAX, as in
+    :func:`torch_gru`.
 
     Args:
-      path: of the cell.
-      name: of Keras's cell, as in "sequential/gru/gru_cell".
+      path: path of the cell.
+      name: name of Keras's cell, such as "sequential/gru/gru_cell".
       cell: "linen". ``nnx.GRUCell`` has the gates of a layer in one array, in another order.
 
     Example:
@@ -136,7 +136,7 @@ def keras_gru(path: str, name: str, cell: str) -> dict[str, Leaf]:
 def _lstm(
     path: str, cell: str, inputs: Leaf, hidden: Leaf, bias: Leaf, *, axis: int
 ) -> dict[str, Leaf]:
-    """All gates of a cell; axis is that of their kernels along which a framework has them."""
+    """All gates of a cell. axis is the kernel axis along which a framework stores them."""
     if cell not in _GATES:
         raise ValueError(f"cell must be one of {sorted(_GATES)}, got {cell!r}")
     gates = _GATES[cell]
@@ -163,10 +163,10 @@ def _gru(
     *,
     axis: int,
 ) -> dict[str, Leaf]:
-    """All gates of a cell of linen.
+    """All gates of a linen cell.
 
-    Parts are those of the two biases, by gate in the framework's order; axis is that of the
-    kernels along which the framework has the gates.
+    parts are the parts of the two biases for each gate, in the framework's order. axis is the
+    kernel axis along which the framework stores the gates.
     """
     mapping = {}
     for i, (gate, of_biases) in enumerate(parts.items()):
@@ -175,7 +175,7 @@ def _gru(
         first, second = (
             bias._replace(part=part) for bias, part in zip(biases, of_biases, strict=True)
         )
-        if gate == "n":  # whose hidden part is scaled by r
+        if gate == "n":  # its hidden part is scaled by r
             mapping |= {f"{path}/in/bias": first, f"{path}/hn/bias": second}
         else:
             mapping[f"{path}/i{gate}/bias"] = first._replace(also=(second,))

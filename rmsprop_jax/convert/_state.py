@@ -1,4 +1,4 @@
-"""The state of a transformation from and to what every framework remembers of an array."""
+"""Conversion between the state of a transformation and that of any framework."""
 
 from collections.abc import Callable, Mapping, Sequence
 import functools
@@ -36,7 +36,7 @@ from rmsprop_jax.convert._mapping import (
 def to_ours(
     foreign: Foreign, params: optax.Params, mapping: LeafMapping, tx: optax.GradientTransformation
 ) -> optax.OptState:
-    """The state of tx after init, with what the framework remembers in every RMSPropState."""
+    """The state of tx after init, with the framework's state in every RMSPropState."""
     rules = rules_of(tx, params)
     if foreign.steps < 0:
         raise ValueError(f"the source has taken {foreign.steps} steps: it must be at least 0")
@@ -61,7 +61,7 @@ def _filled(
     scale: float,
     rules: Sequence[Rule],
 ) -> RMSPropState:
-    """One of the states of tx, with what the framework remembers."""
+    """One of the states in that of tx, filled with the framework's state."""
     new: dict[str, Any] = {}
     for field in Entry._fields:
         held = getattr(state, field)
@@ -83,19 +83,19 @@ def _filled(
 def _check_form(
     name: Name, entry: Entry, state: RMSPropState, rules: Sequence[Rule], *, idle_momentum: bool
 ) -> None:
-    """Refuses an array that is centered, or has momentum, where the state of tx has not."""
+    """Refuses an array that has mu or trace if the state of tx does not, or vice versa."""
     for field, kind in (("mu", "centered"), ("trace", "momentum")):
         ours, theirs = getattr(state, field), getattr(entry, field)
         idle = field == "trace" and ours is None and idle_momentum
         if (ours is None) != (theirs is None) and not idle:
             has, lacks = ("the source", "tx") if ours is None else ("tx", "the source")
             raise ValueError(
-                f"{has} has {kind} for {name!r}, which {lacks} has not{static_args(rules)}"
+                f"{has} has {kind} for {name!r}, but {lacks} does not{static_args(rules)}"
             )
 
 
 def _kept(state: optax.OptState, params: optax.Params) -> set[str]:
-    """The paths of the parameters that have a state: not of integers, nor of what is frozen."""
+    """The paths of the parameters that have a state: not integers, nor frozen ones."""
     kept = {path for one in _states(state) for path in by_path(slots_of(one.nu))}
     if other := sorted(kept - set(by_path(params))):
         raise ValueError(f"tx keeps its state in another form than params: at {other}")
@@ -116,9 +116,9 @@ def to_theirs(
     *,
     lr_in_momentum: bool,
 ) -> Foreign:
-    """What a framework would remember, of a state of tx.
+    """The state of tx in the form of a framework.
 
-    Its entries are whole arrays; None for those that are mapped to what tx keeps no state for.
+    Its entries are whole arrays, or None for arrays mapped to leaves for which tx keeps no state.
     """
     rules = rules_of(tx, params)
     kept = _kept(ask(tx.init, params)[1], params)
@@ -153,7 +153,7 @@ def to_theirs(
     if missing := sorted(set(leaves) - set(slots["nu"])):
         raise ValueError(f"state has nothing for {missing}")
     if unexpected := sorted(set(slots["nu"]) - set(leaves)):
-        raise ValueError(f"state keeps {unexpected}, which params has not")
+        raise ValueError(f"state has {unexpected}, but params does not")
     whole = {
         field: assembled(values, {path: leaves[path] for path in values})
         for field, values in slots.items()
@@ -187,15 +187,15 @@ def _slot(field: str, entry: Entry, leaf: Leaf, old: Slot, w: float) -> np.ndarr
 def _scale(
     foreign: Foreign, rules: Sequence[Rule], with_numbers: Callable[[], Sequence[Rule]]
 ) -> float:
-    """The number that turns the buffers of the framework into those of tx.
+    """The factor that converts the buffers of the framework to those of tx.
 
-    It is the learning rate of the step after count others, where one has it in the buffer and the
-    other after it: that step is then the same.
+    If only one of them has the learning rate in the buffer, the factor is the learning rate of the
+    step after foreign.steps others, or its inverse: that step is then the same.
     """
     for rule in rules:
         if rule.variant.bias_correction != (foreign.weight_sum is not None):
             raise ValueError(
-                f"bias_correction={rule.variant.bias_correction} in tx, but not so in the source"
+                f"bias_correction={rule.variant.bias_correction} in tx, but not in the source"
             )
     with_momentum = [rule for rule in rules if rule.hyper.momentum is not None]
     inside = {rule.variant.lr_in_momentum for rule in with_momentum}
@@ -205,17 +205,19 @@ def _scale(
         _rate(rule, foreign.steps) for rule in with_numbers() if rule.hyper.momentum is not None
     }
     if len(inside) > 1 or len(rates) > 1:
-        raise ValueError("tx has several learning rates: convert each of its parts by itself")
+        raise ValueError("tx has several learning rates: convert each of its parts separately")
     (rate,) = rates
     if rate == 0:
-        raise ValueError(f"the learning rate after {foreign.steps} steps is 0: no buffer has it")
+        raise ValueError(
+            f"the learning rate after {foreign.steps} steps is 0: no buffer can be scaled by it"
+        )
     return 1 / rate if foreign.lr_in_momentum else rate
 
 
 def rules_at(
     tx: optax.GradientTransformation, state: optax.OptState, params: optax.Params
 ) -> list[Rule]:
-    """The rules of tx, with the numbers of the step after a state, if a state has some of them."""
+    """The rules of tx, with the hyperparameters of the next step where the state holds them."""
     rules = rules_of(tx, params)
     if not any(isinstance(h, jax.ShapeDtypeStruct) for rule in rules for h in rule.hyper):
         return rules
@@ -227,7 +229,7 @@ def rules_at(
     with reports() as found:
         tx.update(zeros, state, zeros)
     if not (rules := rules_in([part for part, _ in found])):
-        raise ValueError("tx has its numbers in a state, and does not use them in its next step")
+        raise ValueError("tx keeps hyperparameters in its state, but its next step ignores them")
     return rules
 
 

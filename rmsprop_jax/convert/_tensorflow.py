@@ -24,30 +24,30 @@ def from_tensorflow_v1(
     *,
     steps: int = 0,
 ) -> optax.OptState:
-    """The state with which a transformation goes on where TensorFlow 1 stopped.
+    """Converts the slots of TensorFlow 1's RMSProp to the state of a transformation.
 
-    s is the slot ``rms``, less ``mg`` squared if centered; b is ``momentum``, which has the
-    learning rate in it. TensorFlow keeps a momentum even where there is none, and then it is left
-    alone. It does not count steps.
+    s is the slot ``rms``, minus ``mg`` squared if centered. b is ``momentum``, which contains the
+    learning rate. TensorFlow keeps this slot even without momentum, in which case it is ignored.
+    TensorFlow does not count steps.
 
     Args:
       slots: ``{"rms": {name: array}, "momentum": {name: array}, "mg": {name: array}}``, the last
-        if centered: what ``optimizer.get_slot(variable, slot)`` has for each variable, or
+        only if centered: the values of ``optimizer.get_slot(variable, slot)`` for each variable, or
         :func:`tensorflow_v1_slots` of a checkpoint.
-      params: tree of parameters; only its structure, shapes, dtypes and placement count.
-      mapping: for each leaf of params by its path, as "layer/kernel", the name of TensorFlow's
+      params: tree of parameters, of which only the structure, shapes, dtypes and placement matter.
+      mapping: for each leaf of params, by its path such as "layer/kernel", the name of TensorFlow's
         variable, or a :class:`Leaf` if the layouts differ.
-      tx: the transformation to go on with, ``dialects.tensorflow_v1(...)`` as a rule. It may be
+      tx: the transformation to continue with, usually ``dialects.tensorflow_v1(...)``. It may be
         wrapped: every RMSPropState in its state is filled, the counts of wrappers and schedules
-        go on, and all else is as ``init`` makes it.
-      steps: how many were taken, for the schedules of tx.
+        continue, and everything else is as ``init`` makes it.
+      steps: number of steps taken, for the schedules of tx.
 
     Returns:
       The state of tx.
 
     Raises:
-      ValueError: if slots are missing, left over or of a wrong shape, or tx cannot express what
-        they hold. Nothing is converted then.
+      ValueError: if slots are missing, left over or of the wrong shape, or if tx cannot express
+        their content. Nothing is converted then.
       TypeError: if tx is not a transformation of this library.
 
     Example:
@@ -81,20 +81,20 @@ def to_tensorflow_v1(
     mapping: LeafMapping,
     tx: optax.GradientTransformation,
 ) -> dict[str, dict[Name, np.ndarray]]:
-    """The slots with which TensorFlow 1 goes on: :func:`from_tensorflow_v1` undone.
+    """Converts a state to the slots of TensorFlow 1: the inverse of :func:`from_tensorflow_v1`.
 
     Args:
-      state: of tx.
+      state: the state of tx.
       params: tree of parameters, as in :func:`from_tensorflow_v1`.
       mapping: as in :func:`from_tensorflow_v1`.
-      tx: the transformation whose state it is.
+      tx: the transformation that the state belongs to.
 
     Returns:
-      ``{"rms": {name: array}, "momentum": {name: array}, "mg": {name: array}}``, the last if
+      ``{"rms": {name: array}, "momentum": {name: array}, "mg": {name: array}}``, the last only if
       centered; the momentum is 0 if tx has none. For ``optimizer.get_slot(variable, slot).assign``.
 
     Raises:
-      ValueError, TypeError: as :func:`from_tensorflow_v1`.
+      ValueError, TypeError: as in :func:`from_tensorflow_v1`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -119,25 +119,25 @@ def to_tensorflow_v1(
 def tensorflow_v1_slots(
     variables: Mapping[str, Any], optimizer: str = "RMSProp"
 ) -> dict[str, dict[Name, np.ndarray]]:
-    """The slots in a checkpoint of TensorFlow 1, where they are variables beside the others.
+    """Finds the slots of RMSProp among the variables in a checkpoint of TensorFlow 1.
 
-    A ``tf.compat.v1.train.Saver`` calls those of a variable "w" "w/RMSProp" (rms), "w/RMSProp_1"
-    (mg, if centered) and the next number (momentum). A ``tf.train.Checkpoint(model=...,
-    optimizer=...)`` calls them "model/w/.OPTIMIZER_SLOT/optimizer/rms/.ATTRIBUTES/VARIABLE_VALUE"
-    and so on, of a variable "model/w".
+    For a variable "w", a ``tf.compat.v1.train.Saver`` names them "w/RMSProp" (rms), "w/RMSProp_1"
+    (mg, if centered) and the next number (momentum). For a variable "model/w", a
+    ``tf.train.Checkpoint(model=..., optimizer=...)`` names them
+    "model/w/.OPTIMIZER_SLOT/optimizer/rms/.ATTRIBUTES/VARIABLE_VALUE" and so on.
 
     Args:
-      variables: of the checkpoint, by name: ``{name: reader.get_tensor(name) for name in
+      variables: those of the checkpoint, by name: ``{name: reader.get_tensor(name) for name in
         reader.get_variable_to_shape_map()}`` with ``reader = tf.train.load_checkpoint(path)``.
       optimizer: its name, or that of the attribute in a ``tf.train.Checkpoint``.
 
     Returns:
-      What :func:`from_tensorflow_v1` takes. The number of steps is not among it; a Saver has it as
-      variables["global_step"], if there was one.
+      The slots for :func:`from_tensorflow_v1`. They do not include the number of steps; a Saver has
+      it in variables["global_step"], if there was one.
 
     Raises:
-      ValueError: if there is no such slot, a variable has not all of them, or has those of several
-        optimizers of one name.
+      ValueError: if there are no such slots, or if a variable lacks some of them, or has those of
+        several optimizers with one name.
 
     Example:
       >>> import numpy as np
@@ -167,7 +167,7 @@ def tensorflow_v1_slots(
         if fourth:
             raise ValueError(
                 f"{sorted(fourth, key=str)} have four slots {optimizer!r} or more: "
-                "they are of several optimizers, and whose is which is not known"
+                "they belong to several optimizers, which cannot be told apart"
             )
         if not first:
             raise ValueError(f"no variable is named like 'w/{optimizer}': {sorted(variables)[:20]}")

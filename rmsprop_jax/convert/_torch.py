@@ -35,39 +35,42 @@ def from_pytorch(
     ignore: Sequence[str] = (),
     strict: bool = True,
 ) -> optax.OptState:
-    """The state with which a transformation goes on where ``torch.optim.RMSprop`` stopped.
+    """Converts the state of ``torch.optim.RMSprop``, so that training continues in JAX.
 
-    s is ``square_avg``, less ``grad_avg`` squared if centered; b is ``momentum_buffer``, which has
-    no learning rate in it. If tx has, it is multiplied by tx's learning rate after as many steps:
-    the next step is then PyTorch's, later ones if the learning rate stays.
+    s is ``square_avg``, minus ``grad_avg`` squared if centered. b is ``momentum_buffer``, which
+    does not contain the learning rate. If the buffer of tx does, b is multiplied by tx's learning
+    rate after the same number of steps: the next step is then that of PyTorch, and so are later
+    ones while the learning rate stays the same.
 
     Args:
-      state_dict: of the optimizer: ``optimizer.state_dict()``, or a file of it by
-        ``torch.load(path, weights_only=True)``. Or by names, as ``get_optimizer_state_dict`` of
-        ``torch.distributed.checkpoint.state_dict`` gives it, whole (``full_state_dict=True``), also
-        flattened.
-      params: tree of parameters; only its structure, shapes, dtypes and placement count.
-      mapping: for each leaf of params by its path, as "layer/kernel", the name or number of
+      state_dict: that of the optimizer: ``optimizer.state_dict()``, or a file of it read with
+        ``torch.load(path, weights_only=True)``. Or one keyed by names, as returned by
+        ``get_optimizer_state_dict`` of ``torch.distributed.checkpoint.state_dict``, not sharded
+        (``full_state_dict=True``); it may be flattened.
+      params: tree of parameters, of which only the structure, shapes, dtypes and placement matter.
+      mapping: for each leaf of params, by its path such as "layer/kernel", the name or number of
         PyTorch's parameter, or a :class:`Leaf` if the layouts differ.
-      tx: the transformation to go on with, ``dialects.pytorch(...)`` as a rule. It may be wrapped:
-        every RMSPropState in its state is filled, schedules of ``optax.inject_hyperparams`` go
-        on, and all else is as ``init`` makes it. For groups that differ take ``optax.partition``.
+      tx: the transformation to continue with, usually ``dialects.pytorch(...)``. It may be wrapped:
+        every RMSPropState in its state is filled, schedules of ``optax.inject_hyperparams``
+        continue, and everything else is as ``init`` makes it. If groups differ, use
+        ``optax.partition``.
       names: PyTorch's names in the order of the optimizer's parameters, group by group. If that is
-        the model's, ``[n for n, _ in model.named_parameters()]``; else, with ``name = {p: n for n,
-        p in model.named_parameters()}``, ``[name[p] for group in optimizer.param_groups for p in
-        group["params"]]``. If no layers share any, ``list(model.state_dict())`` is as good as
-        the first: names that end in running_mean, running_var or num_batches_tracked do not count.
-        Needed if mapping has names and state_dict has none.
-      ignore: "momentum_buffer", "grad_avg" or both, to leave them out where a group has no use for
-        them: they stay when momentum or centered is switched off in mid-run.
-      strict: whether tx must follow the rule of PyTorch's groups, but for the numbers in it.
+        the order of the model, ``[n for n, _ in model.named_parameters()]``; otherwise, with
+        ``name = {p: n for n, p in model.named_parameters()}``, ``[name[p] for group in
+        optimizer.param_groups for p in group["params"]]``. If no layers share parameters,
+        ``list(model.state_dict())`` works like the first: names that end in running_mean,
+        running_var or num_batches_tracked are ignored. Needed if mapping has names and state_dict
+        does not.
+      ignore: "momentum_buffer", "grad_avg" or both, to drop them where a group does not use them:
+        PyTorch keeps them when momentum or centered is switched off in mid-run.
+      strict: whether tx must follow the rule of PyTorch's groups, except for the numbers in it.
 
     Returns:
-      The state of tx. A parameter that has not taken a step starts as tx has it.
+      The state of tx. A parameter that has not taken a step starts as in ``tx.init``.
 
     Raises:
-      ValueError: if an entry is missing, left over, of a wrong shape or of another optimizer, or
-        tx cannot express what it holds. Nothing is converted then.
+      ValueError: if an entry is missing, left over, of the wrong shape or from another optimizer,
+        or if tx cannot express its content. Nothing is converted then.
       TypeError: if tx is not a transformation of this library.
 
     Example:
@@ -95,25 +98,26 @@ def to_pytorch(
     tensor: Callable[[np.ndarray], Any] = np.asarray,
     strict: bool = True,
 ) -> dict[str, Any]:
-    """The ``state_dict`` with which ``torch.optim.RMSprop`` goes on: :func:`from_pytorch` undone.
+    """Converts a state to PyTorch: the inverse of :func:`from_pytorch`.
 
     Args:
-      state: of tx.
+      state: the state of tx.
       params: tree of parameters, as in :func:`from_pytorch`.
       mapping: as in :func:`from_pytorch`.
-      tx: the transformation whose state it is.
-      param_groups: of the optimizer that goes on, ``optimizer.state_dict()["param_groups"]``. Or
-        its flattened state, of which only these count.
+      tx: the transformation that the state belongs to.
+      param_groups: those of the optimizer that is to continue,
+        ``optimizer.state_dict()["param_groups"]``. Or its flattened state, of which only the groups
+        matter.
       names: as in :func:`from_pytorch`.
-      tensor: what turns an array into PyTorch's tensor, ``torch.tensor``.
-      strict: whether tx must follow the rule of the groups, but for the numbers in it.
+      tensor: function that turns an array into a PyTorch tensor, ``torch.tensor``.
+      strict: whether tx must follow the rule of the groups, except for the numbers in it.
 
     Returns:
-      The argument of ``optimizer.load_state_dict``; of ``set_optimizer_state_dict``, with the keys
-      of its form, if param_groups has names.
+      The argument of ``optimizer.load_state_dict``, with which ``torch.optim.RMSprop`` continues.
+      If param_groups has names, that of ``set_optimizer_state_dict``, with the keys of its form.
 
     Raises:
-      ValueError, TypeError: as :func:`from_pytorch`.
+      ValueError, TypeError: as in :func:`from_pytorch`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -138,9 +142,9 @@ def from_timm(
     ignore: Sequence[str] = (),
     strict: bool = True,
 ) -> optax.OptState:
-    """:func:`from_pytorch` for timm's ``RMSpropTF``, whose buffer may hold the learning rate.
+    """Converts the state of timm's ``RMSpropTF``, whose buffer may contain the learning rate.
 
-    Args, Returns, Raises: as :func:`from_pytorch`; tx is ``dialects.timm(...)`` as a rule.
+    Args, Returns, Raises: as in :func:`from_pytorch`; tx is usually ``dialects.timm(...)``.
     """
     return _from(state_dict, params, mapping, tx, names, ignore, strict, timm_rule)
 
@@ -156,9 +160,9 @@ def to_timm(
     tensor: Callable[[np.ndarray], Any] = np.asarray,
     strict: bool = True,
 ) -> dict[str, Any]:
-    """:func:`to_pytorch` for timm's ``RMSpropTF``.
+    """Converts a state to timm's ``RMSpropTF``: the inverse of :func:`from_timm`.
 
-    Args, Returns, Raises: as :func:`to_pytorch`.
+    Args, Returns, Raises: as in :func:`to_pytorch`.
     """
     return _to(state, params, mapping, tx, param_groups, names, tensor, strict, timm_rule)
 
@@ -192,7 +196,9 @@ def _from(
             entries[name], step = entry_of(slots, what, rule, ignore)
             steps.append(step)
     if held:
-        raise ValueError(f"state_dict has a state for {sorted(held, key=str)}, which no group has")
+        raise ValueError(
+            f"state_dict has a state for {sorted(held, key=str)}, which is in no group"
+        )
     return to_ours(Foreign(entries, max(steps), inside), params, mapping, tx)
 
 
@@ -220,7 +226,7 @@ def _to(
     held = {}
     for number, name, group in _numbered(groups, names, mapping):
         if name not in entries:
-            raise ValueError(f"mapping names nothing of {name!r}")
+            raise ValueError(f"mapping has no entry for {name!r}")
         if (entry := entries.pop(name)) is None:
             continue
         slots = {
@@ -232,7 +238,7 @@ def _to(
         step = np.asarray(foreign.steps, np.float32)
         held[number] = {"step": tensor(step)} | {key: tensor(a) for key, a in slots.items()}
     if left := sorted((name for name, entry in entries.items() if entry is not None), key=str):
-        raise ValueError(f"mapping names {left}, which no group has")
+        raise ValueError(f"mapping names {left}, which is in no group")
     if isinstance(param_groups, Mapping):
         return flattened(held, groups)
     return {"state": held, "param_groups": [dict(group) for group in groups]}
@@ -241,9 +247,10 @@ def _to(
 def _numbered(
     groups: Sequence[Group], names: Sequence[str] | None, mapping: LeafMapping
 ) -> Iterator[tuple[int, Name, Group]]:
-    """The number in the state and the name of each parameter, and its group.
+    """The number in the state, the name and the group of each parameter.
 
-    The name is the number if the mapping has numbers. Groups by names have these for numbers.
+    The name is the number if the mapping has numbers. In groups keyed by names, these serve as
+    numbers.
     """
     numbers = [number for group in groups for number in group["params"]]
     known = [name for group in groups for name in group.get("param_names") or ()]
@@ -262,7 +269,7 @@ def _numbered(
         refuse_prefixes(known, mapping, "names")
         named = dict(zip(numbers, known, strict=True))
     else:
-        raise ValueError("names are needed: mapping has names, and the optimizer has not")
+        raise ValueError("names are needed: mapping has names, but the optimizer does not")
     for group in groups:
         for number in group["params"]:
             yield number, named[number], group

@@ -1,4 +1,4 @@
-"""What all dialects do with their arguments."""
+"""Helpers for the arguments of all dialects."""
 
 from collections.abc import Callable
 import numbers
@@ -14,13 +14,13 @@ from rmsprop_jax._types import ScalarOrSchedule
 def checked(**arguments: Any) -> list[Any]:
     """The arguments, checked under the names that their framework gives them.
 
-    A schedule is one that checks its values under that name, too.
+    A schedule becomes one that checks its values under that name, too.
     """
     return [_checked(name, value) for name, value in arguments.items()]
 
 
 def unless_0(value: Any) -> Any:
-    """value, or None, for a term that is absent, if it is the number 0."""
+    """value, or None if it is the number 0, which stands for an absent term."""
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     return None if is_number and value == 0 else value
 
@@ -31,9 +31,9 @@ def at(value: ScalarOrSchedule, count: jax.Array) -> Any:
 
 
 def refuse_int(name: str, value: Any) -> None:
-    """Refuses the whole numbers that some frameworks do not take for a learning rate."""
+    """Refuses an int for a learning rate, as some frameworks do."""
     if isinstance(value, numbers.Integral):
-        raise TypeError(f"{name} must be a float, as there, got {value!r}")
+        raise TypeError(f"{name} must be a float, not an int, got {value!r}")
 
 
 def _checked(name: str, value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""JAX's own examples, MLX and Paddle, and two texts that write the rule down themselves."""
+"""JAX's own examples, MLX, Paddle, and two texts that write the rule down themselves."""
 
 import optax
 
@@ -26,12 +26,12 @@ def jax_example(
       step_size: number, in units of the parameters per step.
       gamma: number in [0, 1], the weight of the past in s.
       eps: number of at least 0, in units of the gradient squared.
-      momentum: number of at least 0, the weight of the past in b, 0.9 by default in
-        ``rmsprop_momentum``; None for ``rmsprop``.
-      storage: how the state is held, as in :func:`rmsprop_jax.rmsprop`.
+      momentum: number of at least 0, the weight of the past in b; ``rmsprop_momentum`` has 0.9 by
+        default. None for ``rmsprop``.
+      storage: how the state is stored, as in :func:`rmsprop_jax.rmsprop`.
 
     Returns:
-      An ``optax.GradientTransformationExtraArgs``, as :func:`rmsprop_jax.rmsprop`.
+      An ``optax.GradientTransformationExtraArgs``, as from :func:`rmsprop_jax.rmsprop`.
 
     Raises:
       TypeError, ValueError: if an argument is of the wrong type or out of range.
@@ -45,8 +45,8 @@ def jax_example(
       >>> print(f"{updates[0]:.4f} {updates[1]:.4f}")
       -0.3162 0.3161
 
-    Equals ``jax.example_libraries.optimizers.rmsprop``, and ``rmsprop_momentum`` with momentum,
-    of JAX 0.10 on real parameters.
+    Without momentum it equals ``jax.example_libraries.optimizers.rmsprop`` of JAX 0.10, and with
+    momentum ``rmsprop_momentum``, on real parameters.
 
     Source: jax/example_libraries/optimizers.py.
     """
@@ -63,7 +63,7 @@ def mlx(
     *,
     storage: Storage | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """``mlx.optimizers.RMSprop``: eps outside the root, and nothing else.
+    """``mlx.optimizers.RMSprop``: eps outside the root, no momentum, no weight decay.
 
         s <- alpha s + (1 - alpha) g^2, from 0
         x <- x - learning_rate g / (sqrt(s) + eps)
@@ -72,10 +72,10 @@ def mlx(
       learning_rate: number, in units of the parameters per step.
       alpha: number in [0, 1], the weight of the past in s.
       eps: number above 0, in units of the gradient.
-      storage: how the state is held, as in :func:`rmsprop_jax.rmsprop`.
+      storage: how the state is stored, as in :func:`rmsprop_jax.rmsprop`.
 
     Returns:
-      An ``optax.GradientTransformationExtraArgs``, as :func:`rmsprop_jax.rmsprop`.
+      An ``optax.GradientTransformationExtraArgs``, as from :func:`rmsprop_jax.rmsprop`.
 
     Raises:
       TypeError, ValueError: if an argument is of the wrong type or out of range.
@@ -109,7 +109,7 @@ def paddle(
     weight_decay: ScalarOrSchedule | None = None,
     storage: Storage | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """``paddle.optimizer.RMSProp``: Keras's rule with weight decay coupled.
+    """``paddle.optimizer.RMSProp``: the rule of Keras with coupled weight decay.
 
         g <- g + weight_decay x
         s <- rho s + (1 - rho) g^2, from 0
@@ -117,16 +117,17 @@ def paddle(
         x <- x - b
 
     Args:
-      learning_rate: number, in units of the parameters per step; not an int, as there.
+      learning_rate: number, in units of the parameters per step; not an int, as in Paddle.
       rho: number in [0, 1], the weight of the past in s.
       epsilon: number of at least 0, in units of the gradient squared.
       momentum: number of at least 0, the weight of the past in b.
-      centered: whether s is the variance of the gradient or its second moment.
+      centered: whether s is the variance of the gradient instead of its second moment. A small
+        epsilon can then make the run diverge: see :mod:`rmsprop_jax.dialects`.
       weight_decay: number of at least 0, in units of gradient / parameter; None for no decay.
-      storage: how the state is held, as in :func:`rmsprop_jax.rmsprop`.
+      storage: how the state is stored, as in :func:`rmsprop_jax.rmsprop`.
 
     Returns:
-      An ``optax.GradientTransformationExtraArgs``, as :func:`rmsprop_jax.rmsprop`.
+      An ``optax.GradientTransformationExtraArgs``, as from :func:`rmsprop_jax.rmsprop`.
 
     Raises:
       TypeError, ValueError: if an argument is of the wrong type or out of range.
@@ -181,10 +182,10 @@ def graves(
       decay: number in [0, 1], the weight of the past in n and m; aleph.
       momentum: number of at least 0, the weight of the past in b; beth.
       eps: number of at least 0, in units of the gradient squared; daleth.
-      storage: how the state is held, as in :func:`rmsprop_jax.rmsprop`.
+      storage: how the state is stored, as in :func:`rmsprop_jax.rmsprop`.
 
     Returns:
-      An ``optax.GradientTransformationExtraArgs``, as :func:`rmsprop_jax.rmsprop`.
+      An ``optax.GradientTransformationExtraArgs``, as from :func:`rmsprop_jax.rmsprop`.
 
     Raises:
       TypeError, ValueError: if an argument is of the wrong type or out of range.
@@ -198,7 +199,7 @@ def graves(
       >>> print(f"{updates[0]:.6f} {updates[1]:.6f}")
       -0.000459 0.000098
 
-    The paper clips the derivatives inside the network, before they get here.
+    The paper clips the derivatives inside the network, before they reach the optimizer.
 
     Source: Graves, "Generating sequences with recurrent neural networks", arXiv:1308.0850, 2013.
     """
@@ -217,7 +218,7 @@ def d2l(
     *,
     storage: Storage | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """The from-scratch rule of "Dive into Deep Learning", section 12.8.
+    """The rule of "Dive into Deep Learning", section 12.8, implemented there from scratch.
 
         s <- gamma s + (1 - gamma) g^2, from 0
         x <- x - lr g / sqrt(s + eps)
@@ -226,10 +227,10 @@ def d2l(
       lr: number of at least 0, in units of the parameters per step.
       gamma: number in [0, 1], the weight of the past in s.
       eps: number of at least 0, in units of the gradient squared.
-      storage: how the state is held, as in :func:`rmsprop_jax.rmsprop`.
+      storage: how the state is stored, as in :func:`rmsprop_jax.rmsprop`.
 
     Returns:
-      An ``optax.GradientTransformationExtraArgs``, as :func:`rmsprop_jax.rmsprop`.
+      An ``optax.GradientTransformationExtraArgs``, as from :func:`rmsprop_jax.rmsprop`.
 
     Raises:
       TypeError, ValueError: if an argument is of the wrong type or out of range.
@@ -243,7 +244,7 @@ def d2l(
       >>> print(f"{updates[0]:.4f} {updates[1]:.4f}")
       1.2649 1.2649
 
-    The book's concise versions are the frameworks' own, with other eps and start values:
+    The concise versions in the book are those of the frameworks, with another eps and start value:
     :func:`pytorch`, :func:`keras`.
 
     Source: Zhang, Lipton, Li and Smola, "Dive into deep learning", arXiv:2106.11342.

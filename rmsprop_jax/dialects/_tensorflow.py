@@ -1,4 +1,4 @@
-"""TensorFlow 1, the two ages of Keras, and Sonnet."""
+"""TensorFlow 1, both generations of Keras, and Sonnet."""
 
 import math
 from typing import Any
@@ -23,7 +23,7 @@ def tensorflow_v1(
     *,
     storage: Storage | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """``tf.compat.v1.train.RMSPropOptimizer``: s from 1, the learning rate in the buffer.
+    """``tf.compat.v1.train.RMSPropOptimizer``: s starts at 1, learning rate inside the buffer.
 
         s <- decay s + (1 - decay) g^2, from 1
         b <- momentum b + learning_rate g / sqrt(s + epsilon)
@@ -34,11 +34,12 @@ def tensorflow_v1(
       decay: number in [0, 1], the weight of the past in s.
       momentum: number of at least 0, the weight of the past in b.
       epsilon: number of at least 0, in units of the gradient squared.
-      centered: whether s is the variance of the gradient or its second moment.
-      storage: how the state is held, as in :func:`rmsprop_jax.rmsprop`.
+      centered: whether s is the variance of the gradient instead of its second moment. A small
+        epsilon can then make the run diverge: see :mod:`rmsprop_jax.dialects`.
+      storage: how the state is stored, as in :func:`rmsprop_jax.rmsprop`.
 
     Returns:
-      An ``optax.GradientTransformationExtraArgs``, as :func:`rmsprop_jax.rmsprop`.
+      An ``optax.GradientTransformationExtraArgs``, as from :func:`rmsprop_jax.rmsprop`.
 
     Raises:
       TypeError, ValueError: if an argument is of the wrong type or out of range.
@@ -52,10 +53,10 @@ def tensorflow_v1(
       >>> print(f"{updates[0]:.4f} {updates[1]:.4f}")
       -0.2236 0.0011
 
-    Equals ``tf.compat.v1.train.RMSPropOptimizer`` of TensorFlow 2.21, on dense gradients. There
-    ``use_locking`` comes before ``centered``; it has no meaning here. TensorFlow takes 1 - decay
-    in float32, which moves s by 1e-6 of itself at a decay of 0.99, by 2e-4 at 0.9999; as an array,
-    ``decay=jnp.float32(0.9999)``, it is so here.
+    Equals ``tf.compat.v1.train.RMSPropOptimizer`` of TensorFlow 2.21 on dense gradients. There,
+    ``use_locking`` comes before ``centered``; it has no meaning here. TensorFlow computes 1 - decay
+    in float32, which changes s by 1e-6 of its value at a decay of 0.99, and by 2e-4 at 0.9999. To
+    reproduce that, pass the decay as an array: ``decay=jnp.float32(0.9999)``.
 
     Source: tensorflow/python/training/rmsprop.py.
     """
@@ -83,23 +84,24 @@ def keras(
     weight_decay: ScalarOrSchedule | None = None,
     storage: Storage | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """``keras.optimizers.RMSprop`` of Keras 3: s from 0, weight decay decoupled.
+    """``keras.optimizers.RMSprop`` of Keras 3: s starts at 0, decoupled weight decay.
 
         s <- rho s + (1 - rho) g^2, from 0
         b <- momentum b + learning_rate g / sqrt(s + epsilon)
         x <- x - learning_rate weight_decay x - b
 
     Args:
-      learning_rate: number, in units of the parameters per step; not an int, as there.
+      learning_rate: number, in units of the parameters per step; not an int, as in Keras.
       rho: number in [0, 1], the weight of the past in s.
       momentum: number of at least 0, the weight of the past in b.
       epsilon: number of at least 0, in units of the gradient squared.
-      centered: whether s is the variance of the gradient or its second moment.
+      centered: whether s is the variance of the gradient instead of its second moment. A small
+        epsilon can then make the run diverge: see :mod:`rmsprop_jax.dialects`.
       weight_decay: number of at least 0, in units of 1 / learning_rate; None for no decay.
-      storage: how the state is held, as in :func:`rmsprop_jax.rmsprop`.
+      storage: how the state is stored, as in :func:`rmsprop_jax.rmsprop`.
 
     Returns:
-      An ``optax.GradientTransformationExtraArgs``, as :func:`rmsprop_jax.rmsprop`.
+      An ``optax.GradientTransformationExtraArgs``, as from :func:`rmsprop_jax.rmsprop`.
 
     Raises:
       TypeError, ValueError: if an argument is of the wrong type or out of range.
@@ -113,8 +115,8 @@ def keras(
       >>> print(f"{updates[0]:.4f} {updates[1]:.4f}")
       -0.3662 0.1000
 
-    Equals ``keras.optimizers.RMSprop`` of Keras 3.15. Its clipping, averaging of weights and
-    accumulation of gradients are Optax's: "From Keras and TensorFlow" in the docs has them.
+    Equals ``keras.optimizers.RMSprop`` of Keras 3.15. For its clipping, averaging of weights and
+    accumulation of gradients use Optax, as "From Keras and TensorFlow" in the docs shows.
 
     Source: keras/src/optimizers/rmsprop.py and base_optimizer.py.
     """
@@ -146,7 +148,7 @@ def keras_legacy(
     decay: float = 0.0,
     storage: Storage | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """``tf.keras.optimizers.legacy.RMSprop``: epsilon moves into the root with momentum.
+    """``tf.keras.optimizers.legacy.RMSprop``: epsilon is inside the root only with momentum.
 
         s <- rho s + (1 - rho) g^2, from 0
         b <- momentum b + learning_rate g / sqrt(s + epsilon)
@@ -159,13 +161,14 @@ def keras_legacy(
       rho: number in [0, 1], the weight of the past in s.
       momentum: number in [0, 1], the weight of the past in b; not an array.
       epsilon: number of at least 0, in units of the gradient squared with momentum, of the
-        gradient without; 0 and None mean 1e-7, as there.
-      centered: whether s is the variance of the gradient or its second moment.
+        gradient without; 0 and None mean 1e-7, as in tf.keras.
+      centered: whether s is the variance of the gradient instead of its second moment. A small
+        epsilon can then make the run diverge: see :mod:`rmsprop_jax.dialects`.
       decay: number of at least 0: after t steps the learning rate is divided by 1 + decay t.
-      storage: how the state is held, as in :func:`rmsprop_jax.rmsprop`.
+      storage: how the state is stored, as in :func:`rmsprop_jax.rmsprop`.
 
     Returns:
-      An ``optax.GradientTransformationExtraArgs``, as :func:`rmsprop_jax.rmsprop`.
+      An ``optax.GradientTransformationExtraArgs``, as from :func:`rmsprop_jax.rmsprop`.
 
     Raises:
       TypeError, ValueError: if an argument is of the wrong type or out of range.
@@ -181,8 +184,8 @@ def keras_legacy(
       -0.24025
       -0.00032
 
-    Equals ``tf.keras.optimizers.legacy.RMSprop`` of tf_keras 2.21 (``OptimizerV2``), on dense
-    gradients; up to TensorFlow 2.10 it was ``tf.keras.optimizers.RMSprop``.
+    Equals ``tf.keras.optimizers.legacy.RMSprop`` of tf_keras 2.21 (``OptimizerV2``) on dense
+    gradients. Up to TensorFlow 2.10 it was called ``tf.keras.optimizers.RMSprop``.
 
     Source: tf_keras/src/optimizers/legacy/rmsprop.py and optimizer_v2.py.
     """
@@ -195,9 +198,8 @@ def keras_legacy(
         raise ValueError(f"momentum must be >= 0 and <= 1, got {momentum}")
     if isinstance(momentum, jax.Array):
         raise TypeError(
-            "momentum must be a number or a schedule, since epsilon's place depends on whether "
-            "there is any, got an array; optax.inject_hyperparams leaves alone what static_args "
-            "names"
+            "momentum must be a number or a schedule, since epsilon is inside the root only "
+            "with momentum, got an array; name it in static_args of optax.inject_hyperparams"
         )
     decay = _checks.number("decay", decay, (0, math.inf), schedule=False)
     momentum = unless_0(momentum)
@@ -223,7 +225,7 @@ def sonnet(
     *,
     storage: Storage | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """``sonnet.optimizers.RMSProp``: TensorFlow 1's rule, but s from 0.
+    """``sonnet.optimizers.RMSProp``: the rule of TensorFlow 1, except that s starts at 0.
 
         s <- decay s + (1 - decay) g^2, from 0
         b <- momentum b + learning_rate g / sqrt(s + epsilon)
@@ -234,11 +236,12 @@ def sonnet(
       decay: number in [0, 1], the weight of the past in s.
       momentum: number of at least 0, the weight of the past in b.
       epsilon: number of at least 0, in units of the gradient squared.
-      centered: whether s is the variance of the gradient or its second moment.
-      storage: how the state is held, as in :func:`rmsprop_jax.rmsprop`.
+      centered: whether s is the variance of the gradient instead of its second moment. A small
+        epsilon can then make the run diverge: see :mod:`rmsprop_jax.dialects`.
+      storage: how the state is stored, as in :func:`rmsprop_jax.rmsprop`.
 
     Returns:
-      An ``optax.GradientTransformationExtraArgs``, as :func:`rmsprop_jax.rmsprop`.
+      An ``optax.GradientTransformationExtraArgs``, as from :func:`rmsprop_jax.rmsprop`.
 
     Raises:
       TypeError, ValueError: if an argument is of the wrong type or out of range.
@@ -252,7 +255,7 @@ def sonnet(
       >>> print(f"{updates[0]:.4f} {updates[1]:.4f}")
       -0.3162 0.3162
 
-    Equals ``sonnet.optimizers.RMSProp`` of Sonnet 2.0.2, on dense gradients.
+    Equals ``sonnet.optimizers.RMSProp`` of Sonnet 2.0.2 on dense gradients.
 
     Source: sonnet/src/optimizers/rmsprop.py.
     """

@@ -1,4 +1,4 @@
-"""PyTorch, and the two optimizers written in PyTorch to act like TensorFlow."""
+"""PyTorch, and two optimizers written in PyTorch to act like TensorFlow's."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ def pytorch(
     maximize: bool = False,
     storage: Storage | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """``torch.optim.RMSprop``: eps outside the root, the learning rate after the buffer.
+    """``torch.optim.RMSprop``: eps outside the root, learning rate applied after the buffer.
 
         g <- g + weight_decay x
         s <- alpha s + (1 - alpha) g^2, from 0
@@ -37,13 +37,14 @@ def pytorch(
       eps: number of at least 0, in units of the gradient.
       weight_decay: number of at least 0, in units of gradient / parameter; coupled.
       momentum: number of at least 0, the weight of the past in b.
-      centered: whether s is the variance of the gradient or its second moment.
+      centered: whether s is the variance of the gradient instead of its second moment. A small
+        eps can then make the run diverge: see :mod:`rmsprop_jax.dialects`.
       maximize: whether g is negated, before weight decay is added.
-      storage: how the state is held, as in :func:`rmsprop_jax.rmsprop`.
+      storage: how the state is stored, as in :func:`rmsprop_jax.rmsprop`.
 
     Returns:
-      An ``optax.GradientTransformationExtraArgs``, as :func:`rmsprop_jax.rmsprop`. Complex
-      parameters are pairs of real ones. PyTorch's ``.grad`` is the conjugate of ``jax.grad``.
+      An ``optax.GradientTransformationExtraArgs``, as from :func:`rmsprop_jax.rmsprop`. Complex
+      parameters count as pairs of real ones. PyTorch's ``.grad`` is the conjugate of ``jax.grad``.
 
     Raises:
       TypeError, ValueError: if an argument is of the wrong type or out of range.
@@ -57,9 +58,10 @@ def pytorch(
       >>> print(f"{updates[0]:.4f} {updates[1]:.4f}")
       -1.0000 1.0000
 
-    Equals ``torch.optim.RMSprop`` of PyTorch 2.13. Its ``capturable``, ``foreach`` and
-    ``differentiable`` choose an implementation, not another result. ``optax.rmsprop`` with
-    ``eps_in_sqrt=False`` does not equal it when momentum meets a schedule.
+    Equals ``torch.optim.RMSprop`` of PyTorch 2.13. The arguments ``capturable``, ``foreach`` and
+    ``differentiable`` choose an implementation there, and do not change the result.
+    ``optax.rmsprop`` with ``eps_in_sqrt=False`` differs from it if there is momentum and a
+    scheduled learning rate.
 
     Source: torch/optim/rmsprop.py.
     """
@@ -96,7 +98,7 @@ def timm(
     initial_lr: Scalar | None = None,
     storage: Storage | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """``timm.optim.RMSpropTF``: TensorFlow 1's rule in PyTorch, with more weight decays.
+    """``timm.optim.RMSpropTF``: the rule of TensorFlow 1 in PyTorch, with more weight decays.
 
         g <- g + weight_decay x
         s <- alpha s + (1 - alpha) g^2, from 1
@@ -107,26 +109,27 @@ def timm(
       lr: number of at least 0, in units of the parameters per step.
       alpha: number in [0, 1], the weight of the past in s.
       eps: number of at least 0, in units of the gradient squared.
-      weight_decay: number of at least 0, in units of gradient / parameter; of 1 / lr if
+      weight_decay: number of at least 0, in units of gradient / parameter, or of 1 / lr if
         decoupled.
       momentum: number of at least 0, the weight of the past in b.
-      centered: whether s is the variance of the gradient or its second moment.
-      decoupled_decay: whether x <- (1 - lr weight_decay) x is the weight decay instead.
-      corrected_weight_decay: whether that decay is smaller while lr is below initial_lr:
-        x <- (1 - lr^2 / initial_lr weight_decay) x. Without decoupled_decay it does nothing, as
-        there.
-      lr_in_momentum: whether lr goes into the buffer or is applied to it.
-      caution: whether to drop the coordinates in which the step has not the gradient's sign, and
-        scale up the others. Without momentum it does nothing, as there.
-      initial_lr: the lr that timm's optimizer would be constructed with, the peak of a schedule;
+      centered: whether s is the variance of the gradient instead of its second moment. A small
+        eps can then make the run diverge: see :mod:`rmsprop_jax.dialects`.
+      decoupled_decay: whether the weight decay is x <- (1 - lr weight_decay) x instead.
+      corrected_weight_decay: whether that decay is reduced while lr is below initial_lr:
+        x <- (1 - lr^2 / initial_lr weight_decay) x. Has no effect without decoupled_decay, as in
+        timm.
+      lr_in_momentum: whether lr is part of the buffer or multiplies it afterwards.
+      caution: whether to drop the elements in which the step does not have the sign of the
+        gradient, and to scale up the others. Has no effect without momentum, as in timm.
+      initial_lr: the lr with which timm's optimizer would be constructed, the peak of a schedule;
         used if the decay is corrected. None for lr itself, if that is a Python number.
-      storage: how the state is held, as in :func:`rmsprop_jax.rmsprop`.
+      storage: how the state is stored, as in :func:`rmsprop_jax.rmsprop`.
 
     Returns:
-      An ``optax.GradientTransformationExtraArgs``, as :func:`rmsprop_jax.rmsprop`.
+      An ``optax.GradientTransformationExtraArgs``, as from :func:`rmsprop_jax.rmsprop`.
 
     Raises:
-      TypeError, ValueError: if an argument is of the wrong type or out of range, or a corrected
+      TypeError, ValueError: if an argument is of the wrong type or out of range, or if a corrected
         decay lacks its initial_lr.
 
     Example:
@@ -138,7 +141,7 @@ def timm(
       >>> print(f"{updates[0]:.4f} {updates[1]:.4f}")
       -0.2736 0.1000
 
-    Equals ``RMSpropTF`` of timm 1.0.31; ``foreach`` there chooses an implementation only.
+    Equals ``RMSpropTF`` of timm 1.0.31. There, ``foreach`` only chooses an implementation.
 
     Sources: timm/optim/rmsprop_tf.py; Defazio, arXiv:2506.02285, 2025 (the corrected decay).
     """
@@ -178,7 +181,7 @@ def stable_baselines3(
     *,
     storage: Storage | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """``RMSpropTFLike`` of Stable-Baselines3: eps inside the root, s from 1.
+    """``RMSpropTFLike`` of Stable-Baselines3: eps inside the root, s starts at 1.
 
         g <- g + weight_decay x
         s <- alpha s + (1 - alpha) g^2, from 1
@@ -191,11 +194,12 @@ def stable_baselines3(
       eps: number of at least 0, in units of the gradient squared.
       weight_decay: number of at least 0, in units of gradient / parameter; coupled.
       momentum: number of at least 0, the weight of the past in b.
-      centered: whether s is the variance of the gradient or its second moment.
-      storage: how the state is held, as in :func:`rmsprop_jax.rmsprop`.
+      centered: whether s is the variance of the gradient instead of its second moment. A small
+        eps can then make the run diverge: see :mod:`rmsprop_jax.dialects`.
+      storage: how the state is stored, as in :func:`rmsprop_jax.rmsprop`.
 
     Returns:
-      An ``optax.GradientTransformationExtraArgs``, as :func:`rmsprop_jax.rmsprop`.
+      An ``optax.GradientTransformationExtraArgs``, as from :func:`rmsprop_jax.rmsprop`.
 
     Raises:
       TypeError, ValueError: if an argument is of the wrong type or out of range.
@@ -210,7 +214,7 @@ def stable_baselines3(
       -0.2887 0.0010
 
     Equals ``stable_baselines3.common.sb2_compat.rmsprop_tf_like.RMSpropTFLike`` of
-    Stable-Baselines3 2.9. Unlike TensorFlow's, its buffer is without the learning rate.
+    Stable-Baselines3 2.9. Unlike TensorFlow's, its buffer omits the learning rate.
 
     Source: stable_baselines3/common/sb2_compat/rmsprop_tf_like.py.
     """
@@ -231,7 +235,7 @@ def stable_baselines3(
 
 
 def _peak(lr: ScalarOrSchedule, initial_lr: Scalar | None) -> Any:
-    """The lr of timm's constructor; None if it is not known."""
+    """The lr of timm's constructor; None if unknown."""
     name, peak = ("lr", lr) if initial_lr is None else ("initial_lr", initial_lr)
     if isinstance(peak, float) and peak <= 0:
         raise ValueError(f"corrected_weight_decay=True needs {name} > 0, got {peak}")

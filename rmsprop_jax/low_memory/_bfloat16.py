@@ -1,4 +1,4 @@
-"""One slot in bfloat16, rounded at random so that its mean is what was to be stored."""
+"""One slot in bfloat16, with stochastic rounding, so that its mean is exact."""
 
 import jax
 from jax import lax
@@ -9,7 +9,7 @@ from rmsprop_jax._arrays import clip, once, straight_through, unfused
 from rmsprop_jax._storage import Copies, Draw, Lazy
 from rmsprop_jax.low_memory._random import random_bits
 
-_CUT = 16  # bits of a float32 that a bfloat16 has not
+_CUT = 16  # bits of a float32 that a bfloat16 lacks
 _LARGEST = float(jnp.finfo(jnp.bfloat16).max)
 
 
@@ -21,8 +21,8 @@ def accumulate_bfloat16(
     draw: Draw,
     key: jax.Array,
 ) -> tuple[Copies, jax.Array]:
-    """The sum decay * slot + term, rounded, as float32 and as a slot."""
-    zero = draw.step >> 31  # of a number that is never negative
+    """The rounded sum decay * slot + term, as float32 and as a slot."""
+    zero = draw.step >> 31  # step is never negative
 
     def exact(slot: jax.Array) -> jax.Array:
         past = unfused(decay * slot.astype(jnp.float32), zero)
@@ -40,6 +40,6 @@ def accumulate_bfloat16(
 
 
 def _rounded(x: jax.Array, noise: jax.Array) -> jax.Array:
-    """One of the two neighbours of x, the nearer the more often: noise is added and cut off."""
+    """One of the two neighbours of x, the nearer one more often: noise is added, then truncated."""
     bits = lax.bitcast_convert_type(clip(x, _LARGEST), jnp.int32) + noise
     return lax.bitcast_convert_type((bits >> _CUT).astype(np.uint16), jnp.bfloat16)

@@ -1,23 +1,24 @@
-"""One slot in 8 bits a number: a code each, and a scale for all.
+"""One slot in 8 bits per element: a code for each, and one scale for all.
 
     value = scale * a,  a one of the 255 numbers that there are codes for
 
-These are 0 and float32 numbers of few significant bits. To round to them at random is to add random
-bits below the last that stays, and to cut: the mean is then the number itself.
+These numbers are 0 and float32 numbers with few significant bits. Stochastic rounding to them adds
+random bits below the last bit that is kept, and truncates, so the mean is the number itself.
 
-The average advances, value <- gamma value + r, without a change to the bits of numbers to which
-nothing is added, which so decay exactly:
+The average advances, value <- gamma value + r, without changing the bits of numbers to which
+nothing is added, so those decay exactly:
 
-    scale' = 2^k gamma scale,  a' = 2^-k a + r / scale', rounded at random
+    scale' = 2^k gamma scale,  a' = 2^-k a + r / scale', rounded stochastically
 
-Of all integers k it is the one with which scale' is, within a factor of two, the largest of the old
-numbers before it decays. Codes in uint8, of values that are never negative, have 3 significant bits
-and 63 octaves, 18 of them above that one; those in int8 have a sign, 4 bits and 15 octaves, 3 of
-them above. What is larger becomes the largest number. What is smaller becomes the smallest; in int8
-that or 0, at random.
+The integer k is the one for which scale' equals, within a factor of two, the largest of the old
+numbers before it decays. Codes in uint8, for values that are never negative, have 3 significant
+bits and 63 octaves, 18 of them above that number. Codes in int8 have a sign, 4 bits and 15 octaves,
+3 of them above. A value above that range becomes the largest number. A value below it becomes the
+smallest one; in int8, the smallest one or 0, at random.
 
-So a step needs the largest of the old codes before it begins, and no other pass. If that is 0, so
-is the scale, which says that codes are powers of two, over as many octaves as there are codes.
+So a step needs the largest of the old codes before it begins, and no other pass. If the largest is
+0, so is the scale, which means that codes are powers of two, over as many octaves as there are
+codes.
 """
 
 from collections.abc import Sequence
@@ -44,10 +45,10 @@ class Format(NamedTuple):
     """The codes of a dtype.
 
     Attributes:
-      cut: bits of a float32 below the last that stays.
+      cut: the bits of a float32 below the last one that is kept.
       one: the code of 1.
-      zero: the exponent, in the bits of a float32, of the power of two below that of code 1, where
-        codes are powers of two.
+      zero: if codes are powers of two, the exponent of the power below that of code 1, in the bits
+        of a float32.
     """
 
     cut: int
@@ -59,7 +60,7 @@ _FORMATS = {"uint8": Format(21, 180, 0), "int8": Format(20, 96, 36)}
 
 
 class Numbers(NamedTuple):
-    """What codes stand for: code c for the float32 number of the bits first + (c << cut)."""
+    """What codes stand for: code c is the float32 number with the bits first + (c << cut)."""
 
     first: jax.Array
     cut: jax.Array
@@ -67,13 +68,13 @@ class Numbers(NamedTuple):
 
 @Packed.register
 class EightBit(NamedTuple):
-    """A slot.
+    """A slot in 8 bits.
 
     Attributes:
-      codes: uint8 if no value is negative, int8 otherwise; the parameter's shape.
+      codes: uint8 if no value is negative, int8 otherwise; has the parameter's shape.
       scales: float32, one for each leaf.
-      leaf: which of them is this leaf's.
-      powers: of two, one for each leaf, if a step is to follow: the largest in its numbers.
+      leaf: the index of this leaf's scale.
+      powers: for each leaf, the largest power of two in its numbers; only if a step is to follow.
     """
 
     codes: jax.Array
@@ -87,7 +88,7 @@ class EightBit(NamedTuple):
 
     @property
     def dtype(self) -> jnp.dtype:
-        """That of the values."""
+        """The dtype of the values."""
         return self.scales.dtype
 
     def decode(self) -> jax.Array:
@@ -97,7 +98,7 @@ class EightBit(NamedTuple):
             return clip(_factor(scale) * a, _LARGEST)
 
     def encode(self, values: ArrayLike) -> "EightBit":
-        """Each value rounded to the nearest number; what is not finite, or not allowed, to 0."""
+        """Each value rounded to the nearest number; not finite or disallowed values become 0."""
         with jax.numpy_dtype_promotion("standard"):
             values = jnp.asarray(values, jnp.float32)
             values = jnp.where(jnp.isfinite(values), values, 0)
@@ -110,7 +111,7 @@ class EightBit(NamedTuple):
 
 
 def eight_bit_like(param: jax.Array, value: Scalar, *, signed: bool) -> EightBit:
-    """A slot full of value, which it holds exactly, placed like param; signed ones start at 0."""
+    """A slot full of value, which it holds exactly, placed like param. Signed slots start at 0."""
     scale = jnp.asarray(0 if signed else value, jnp.float32)
     dtype = jnp.dtype(jnp.int8 if signed else jnp.uint8)
     code = jnp.where(scale > 0, _FORMATS[dtype.name].one, 0).astype(dtype)
@@ -119,7 +120,7 @@ def eight_bit_like(param: jax.Array, value: Scalar, *, signed: bool) -> EightBit
 
 @jax.jit
 def powers_of(codes: Sequence[jax.Array], scales: jax.Array) -> jax.Array:
-    """For each leaf, the largest power of two in its numbers; 0 of zeros, and of no codes."""
+    """For each leaf, the largest power of two in its numbers; 0 for zeros and without codes."""
     (dtype,) = {code.dtype for code in codes if code.dtype.name in _FORMATS}
     most = jnp.stack([_largest(code) if code.dtype == dtype else jnp.int32(0) for code in codes])
     return _power(_decoded(max_over_mapped(most), _numbers(dtype, scales)))
@@ -133,16 +134,16 @@ def accumulate_eight_bit(
     draw: Draw,
     key: jax.Array,
 ) -> tuple[Copies, EightBit]:
-    """The sum decay * slot + term, as float32 and as a slot; with signs, as what the slot holds."""
+    """The sum decay * slot + term, as float32 and as a slot; if signed, as the slot holds it."""
     codes, scales, leaf, powers = slot
     assert powers is not None
-    zero = draw.step >> 31  # of a number that is never negative
-    # Scalars are computed for all leaves at once. 2^-k is shrink; of a past whose largest number is
-    # 0, or becomes 0, nothing stays.
+    zero = draw.step >> 31  # step is never negative
+    # Scalars are computed for all leaves at once. shrink is 2^-k. If the largest number of the past
+    # is 0, or becomes 0, nothing of the past stays.
     scale = _factor(scales)
     decayed = lax.min(decay * scale, jnp.float32(_LARGEST))
     held, octave = scale * powers, _power(decay)
-    octave = octave * jnp.where(held > _LARGEST / 4, 2, 1)  # or the scale could be infinite
+    octave = octave * jnp.where(held > _LARGEST / 4, 2, 1)  # otherwise the scale could be infinite
     stays = decayed * powers >= _TINY
     shrink = jnp.where(stays, lax.min(octave / powers, jnp.float32(_LARGEST)), 0)
     first = jnp.float32(0)
@@ -168,8 +169,8 @@ def accumulate_eight_bit(
         exact = past + term()
         if _signed(codes):
             return straight_through(slot.decode(), exact)
-        # Of second moments the exact sum is better, and as fast. XLA:CPU keeps fewer copies if it
-        # knows that the new codes come first.
+        # For second moments the exact sum is better, and as fast. XLA:CPU keeps fewer copies if the
+        # new codes have to be computed first.
         return exact + zero.astype(jnp.float32) * slot.codes.astype(jnp.float32)
 
     return value, slot
@@ -187,7 +188,7 @@ def _numbers(dtype: jnp.dtype, scale: jax.Array) -> Numbers:
 
 
 def _factor(scale: jax.Array) -> jax.Array:
-    """The scale by which numbers are to be multiplied."""
+    """The factor by which numbers are to be multiplied."""
     return jnp.where(scale > 0, scale, 1)
 
 
@@ -202,10 +203,10 @@ def _decoded(codes: jax.Array, numbers: Numbers) -> jax.Array:
 def _encoded(
     a: jax.Array, positive: jax.Array, numbers: Numbers, noise: jax.Array, dtype: jnp.dtype
 ) -> jax.Array:
-    """Codes of what noise is added to below the last bit that stays; without signs, 0 of 0 alone.
+    """The codes of a, with noise added below the last bit that is kept; unsigned, only 0 becomes 0.
 
-    The last operation is on two arrays: what a loop makes of one, XLA:CPU computes again where it
-    is used.
+    The last operation takes two arrays: XLA:CPU would recompute the result of a loop over one array
+    wherever it is used.
     """
     first, cut = numbers
     codes = (_bits(abs(a)) - first + noise) >> cut
@@ -218,9 +219,9 @@ def _encoded(
 
 
 def _largest(codes: jax.Array) -> jax.Array:
-    """The largest size of a code."""
+    """The largest absolute value of a code."""
     largest = jnp.max(codes).astype(jnp.int32)
-    if _signed(codes):  # of the sizes XLA:CPU would keep an array
+    if _signed(codes):  # XLA:CPU would store an array of absolute values
         largest = lax.max(largest, -jnp.min(codes).astype(jnp.int32))
     return largest
 
@@ -230,7 +231,7 @@ def _signed(codes: jax.Array) -> bool:
 
 
 def _power(a: jax.Array) -> jax.Array:
-    """The largest power of two that is not larger than a, which is not negative; 0 for 0."""
+    """The largest power of two that is at most a, which is not negative; 0 for 0."""
     return _float(_bits(a) & 0x7F800000)
 
 

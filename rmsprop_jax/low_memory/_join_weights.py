@@ -1,4 +1,4 @@
-"""Master weights from parameters and their state, and back."""
+"""Master weights from parameters and state, and the inverse."""
 
 from typing import Any
 
@@ -13,17 +13,17 @@ from rmsprop_jax.low_memory._parts import joined, parted
 
 
 def join_weights(params: optax.Params, state: optax.OptState) -> optax.Params:
-    """The master weights: for evaluation and checkpoints in float32.
+    """Returns the master weights in float32, for evaluation and checkpoints.
 
     Args:
       params: tree of parameters.
-      state: of :func:`master_weights`, or of a transformation that has it in it.
+      state: that of :func:`master_weights`, or of a transformation that contains it.
 
     Returns:
-      A tree like params, with float32 for each leaf of bfloat16, and the others as they are.
+      A tree like params, with bfloat16 leaves replaced by float32 ones, and the others unchanged.
 
     Raises:
-      ValueError: if state has no master weights, or those of other parameters.
+      ValueError: if state contains no master weights, or those of other parameters.
 
     Example:
       >>> import jax.numpy as jnp
@@ -44,20 +44,20 @@ def join_weights(params: optax.Params, state: optax.OptState) -> optax.Params:
 def split_weights(
     weights: optax.Params, params: optax.Params, state: optax.OptState
 ) -> tuple[optax.Params, optax.OptState]:
-    """The parameters and the state of given master weights: :func:`join_weights` undone.
+    """Splits master weights into parameters and state: the inverse of :func:`join_weights`.
 
-    With 32 bits nothing is lost; with fewer, weights are rounded to the nearest.
+    With 32 bits this is exact; with fewer, the weights are rounded to nearest.
 
     Args:
-      weights: tree of master weights, as of a checkpoint in float32.
-      params: tree of parameters; only its structure, shapes and dtypes count.
-      state: of :func:`master_weights` for params, or of a transformation that has it in it.
+      weights: tree of master weights, for instance from a checkpoint in float32.
+      params: tree of parameters, of which only the structure, shapes and dtypes matter.
+      state: that of :func:`master_weights` for params, or of a transformation that contains it.
 
     Returns:
-      A tree like weights, with bfloat16 where params have it; and state with other corrections.
+      A tree like weights, in bfloat16 where params are, and state with the new corrections.
 
     Raises:
-      ValueError: as :func:`join_weights`.
+      ValueError: as in :func:`join_weights`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -97,10 +97,10 @@ def _is_state(node: Any) -> bool:
 
 
 def _corrections(state: optax.OptState, params: optax.Params) -> dict[str, jax.Array]:
-    """All that are in a state, by the paths of their parameters."""
+    """All corrections in a state, by the paths of their parameters."""
     states = [node for node in jax.tree.leaves(state, is_leaf=_is_state) if _is_state(node)]
     if not states:
-        raise ValueError(f"state has no master weights in it, got {type(state).__name__}")
+        raise ValueError(f"state contains no master weights, got {type(state).__name__}")
     held = {
         leaf_name(path): correction
         for one in states
@@ -110,5 +110,5 @@ def _corrections(state: optax.OptState, params: optax.Params) -> dict[str, jax.A
         leaf_name(path): p.shape for path, p in tree_leaves_with_path(params) if is_bfloat16(p)
     }
     if other := sorted(name for name in held if shapes.get(name) != held[name].shape):
-        raise ValueError(f"state has corrections of {other}, which params has not in these shapes")
+        raise ValueError(f"state has corrections of {other}, which do not match params in shape")
     return held

@@ -16,11 +16,11 @@ from rmsprop_jax.low_memory._eight_bit import EightBit, powers_of
 
 @Joined.register
 class EightBits(NamedTuple):
-    """Slots in 8 bits, taken apart.
+    """The 8-bit slots of all leaves, as separate trees of codes and scales.
 
     Attributes:
-      codes: a tree like the parameters, of codes in uint8 or int8; of the numbers themselves for
-        a leaf that is not held in 8 bits.
+      codes: a tree like the parameters, of codes in uint8 or int8, or of the numbers themselves for
+        a leaf that is not stored in 8 bits.
       scales: float32, one for each leaf.
     """
 
@@ -67,7 +67,7 @@ with contextlib.suppress(ValueError):  # registered already, if this module is r
 
 
 def joined(slots: PyTree) -> EightBits:
-    """The field of slots that were just made, which all have the same scale."""
+    """The field of newly created slots, which all have the same scale."""
     codes = _codes(slots)
     found = jax.tree.leaves(slots, is_leaf=is_packed)
     scale = next((slot.scales[0] for slot in found if is_packed(slot)), 0.0)
@@ -87,5 +87,5 @@ def _is_code(array: Any) -> bool:
 
 @jax.jit
 def _diagonal(vectors: Sequence[jax.Array]) -> jax.Array:
-    """Of vectors as long as there are of them, the first of the first, the second of the second."""
+    """The i-th element of the i-th vector, for as many vectors as they have elements."""
     return jnp.stack([jnp.asarray(vector)[i] for i, vector in enumerate(vectors)])

@@ -1,4 +1,4 @@
-"""Parameters in bfloat16 that train like float32."""
+"""Master weights: parameters in bfloat16 that train like float32."""
 
 import contextlib
 import dataclasses
@@ -20,13 +20,14 @@ from rmsprop_jax.low_memory._parts import CORRECTIONS, joined, moved
 
 
 class MasterWeightsState(NamedTuple):
-    """What master weights need beside the parameters.
+    """The state of master weights; the parameters hold the rest.
 
     Attributes:
-      count: steps taken, an int32 scalar that stops at its largest value.
-      corrections: a tree like the parameters, placed like them, of int16 for 32 bits and int8 for
-        24; ``optax.MaskedNode()`` for each leaf that is not bfloat16. None as a whole for 16.
-      inner_state: the state of what is wrapped, for the master weights.
+      count: number of steps taken, an int32 scalar that stops at its largest value.
+      corrections: a tree with the structure and placement of the parameters: int16 for 32 bits,
+        int8 for 24, and ``optax.MaskedNode()`` for each leaf that is not bfloat16. None for 16
+        bits.
+      inner_state: the state of the wrapped transformation, for the master weights.
     """
 
     count: jax.Array  # type: ignore[assignment] # hides tuple's method, as Optax's states do
@@ -38,14 +39,14 @@ for _kind, _name in (
     (MasterWeightsState, "rmsprop_jax.MasterWeightsState"),
     (optax.MaskedNode, "optax.MaskedNode"),
 ):
-    with contextlib.suppress(ValueError):  # registered already, as if this module is reloaded
+    with contextlib.suppress(ValueError):  # registered already, e.g. if this module is reloaded
         export.register_namedtuple_serialization(_kind, serialized_name=_name)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MasterWeights:
-    """What is wrapped, and how; its methods are the two functions of a transformation."""
+    """The wrapped transformation, and how it is wrapped. Has the two functions of the wrapper."""
 
     tx: optax.GradientTransformation
     bits: int = dataclasses.field(metadata={"static": True})
@@ -88,7 +89,7 @@ class MasterWeights:
             jnp.asarray(g, jnp.float32) if s and g is not None else g
             for s, g in zip(split, grads.leaves, strict=True)
         ]
-        tx = self.tx  # of which optax.MultiSteps is none, and takes extra arguments
+        tx = self.tx  # optax.MultiSteps is not one, and takes extra arguments
         if isinstance(tx, optax.GradientTransformation):
             tx = optax.with_extra_args_support(tx)
         steps, inner_state = tx.update(tree(gs), state.inner_state, tree(masters), **extra_args)
@@ -106,11 +107,11 @@ class MasterWeights:
         )
 
     def in_words(self) -> str:
-        """What describe says of the rules inside."""
+        """What describe adds to the rules inside."""
         return f"with master weights of {self.bits} bits"
 
     def _check(self, params: optax.Params, xs: list[Any], held: list[Any]) -> None:
-        """Refuses corrections that are not of these parameters, or of other bits."""
+        """Refuses corrections of other parameters, or of another number of bits."""
         for i, (x, correction) in enumerate(zip(xs, held, strict=True)):
             wanted = CORRECTIONS[self.bits] if is_bfloat16(x) else None
             form = (x.shape, jnp.dtype(wanted)) if wanted else None
@@ -133,7 +134,7 @@ def is_bfloat16(param: Any) -> bool:
 
 
 def _is_split(path: KeyPath, param: Any) -> bool:
-    """Whether a parameter is a part of its master weight; else it is that, or has none."""
+    """Whether a parameter is part of a master weight; otherwise it is one itself, or has none."""
     kind = leaf_type(param)
     if kind.kind is float and jnp.finfo(kind.dtype).bits < 32 and not is_bfloat16(param):
         raise TypeError(
@@ -145,7 +146,7 @@ def _is_split(path: KeyPath, param: Any) -> bool:
 
 
 def _widened(path: KeyPath, param: Any) -> Any:
-    """The master weight of a parameter alone."""
+    """The master weight of a parameter without its correction."""
     if not _is_split(path, param):
         return param
     if isinstance(param, jax.ShapeDtypeStruct):
@@ -156,74 +157,85 @@ def _widened(path: KeyPath, param: Any) -> Any:
 def master_weights(
     tx: optax.GradientTransformation, bits: int = 24, seed: int = 0
 ) -> optax.GradientTransformationExtraArgs:
-    """Trains parameters in bfloat16 as if they were float32.
+    """Trains bfloat16 parameters as if they were float32.
 
         w = p + c                       the master weight, float32
         u = what tx adds to w, for float32 gradients
         p' = w + u, rounded to bfloat16, and c' = w + u - p', held in bits - 16 bits
         p' - p, in float32, is the update
 
-    for a parameter p in bfloat16, whose neighbours are 1/256 to 1/128 of it away: without this, a
-    step of less than half of that does not move it at all. Nothing is held twice: p has the upper
-    16 bits of w, and c the others.
+    Here p is a bfloat16 parameter. Its neighbouring numbers are 1/256 to 1/128 of p away, so
+    without master weights a step of less than half that distance does not move p at all. Nothing is
+    stored twice: p holds the upper 16 bits of w, and c the others.
 
-    bits   bytes of c   w'
-    32     2            w + u, as ``optax.apply_updates`` adds to float32 parameters
-    24     1            w + u, rounded at random to 16 significant bits, so that its mean is right
-    16     0            w + u, rounded at random to the 8 of p
+    ====  ==========  =======================================================================
+    bits  bytes of c  w'
+    ====  ==========  =======================================================================
+    32    2           w + u, as ``optax.apply_updates`` adds to float32 parameters
+    24    1           w + u, rounded stochastically to 16 significant bits; its mean is exact
+    16    0           w + u, rounded stochastically to the 8 significant bits of p
+    ====  ==========  =======================================================================
 
-    ``optax.apply_updates(params, updates)`` is p' exactly, unless no float32 number is p' - p. That
-    takes a p' that is 2^15 times smaller than p or more; both p' and w' then miss theirs by up to
-    2^-24 of the update, as if that had been rounded once more. With 32 bits it is rare: p must be a
-    power of two, w below it, and w' some 2^16 times smaller and of the other sign. Processors take
-    what is below 1.2e-38 for 0, also differences: there both may miss theirs by 5e-38. Beyond
-    3.39e38, where bfloat16 ends, w' saturates.
+    ``optax.apply_updates(params, updates)`` is exactly p', unless p' - p is not a float32 number.
+    That requires a p' at least 2^15 times smaller than p. Then p' and w' are both off by up to
+    2^-24 of the update, as if it had been rounded once more. With 32 bits this is rare: p must be a
+    power of two, w below it, and w' about 2^16 times smaller and of the opposite sign. CPUs treat
+    numbers below 1.2e-38 as 0, differences included; there, p' and w' may be off by 5e-38. Beyond
+    3.39e38, where the range of bfloat16 ends, w' saturates.
 
-    Leaves of float32, float64, complex numbers and integers are left to tx as they are, with their
-    gradients and updates. float16 and float8 are refused: their range is narrower than that of w.
-    Parameters that are changed between steps, as by clipping or averaging, are the truth: w is
-    p + c for the new p. Rounding at random has the same bits in every program, as in :func:`q8`,
-    and none in common with the rounding of states.
+    Leaves of float32, float64, complex numbers and integers pass to tx unchanged, as do their
+    gradients and updates. float16 and float8 are refused, since their range is narrower than that
+    of w. If parameters are changed between steps, for instance clipped or averaged, the new values
+    count: w is p + c for the new p. The random bits of the rounding are the same in every program,
+    as in :func:`q8`, and independent of those used for states.
 
-    An update that is not finite, or makes w so, becomes NaN or infinite in its own place, as with
-    float32 parameters, and leaves c.
+    If an update is not finite, or w + u is not, the parameter becomes NaN or infinite in that
+    element only, as with float32 parameters, and c is unchanged.
 
-    What changes updates must be *inside*, where all is float32: to skip steps that are not finite,
-    ``master_weights(optax.apply_if_finite(tx, 5))``. Around master_weights it raises a TypeError of
-    ``jax.lax.cond``, as do ``optax.conditionally_mask`` and ``optax.conditionally_transform``: a
-    branch of their own has updates in the dtype of the gradients, which cannot hold p' - p.
-    ``optax.MultiSteps`` works in either place, but around it rounds the mean of the gradients to
-    bfloat16. ``optax.flatten`` around it turns leaves of several dtypes into one of float32, and
-    bfloat16 ones stall as before; inside it is right. What changes gradients, as
-    ``optax.clip_by_global_norm``, may stand before it in ``optax.chain``, and is then computed in
-    bfloat16. :func:`rmsprop_jax.sharding.zero1` and ``zero1_mapped`` belong around it, where they
-    split corrections, too; they gather updates, of 4 bytes a parameter.
+    Transformations that change updates must be *inside*, where everything is float32; those that
+    change gradients may also come before it in ``optax.chain``:
 
-    In a jitted step with ``optax.apply_updates`` a GPU reads and writes all in one kernel. XLA for
-    processors needs the updates of 24 and 32 bits twice, and keeps them: 4 bytes a parameter.
+    - ``optax.apply_if_finite``: to skip steps that are not finite, use
+      ``master_weights(optax.apply_if_finite(tx, 5))``. Around master_weights it raises a TypeError
+      of ``jax.lax.cond``, and so do ``optax.conditionally_mask`` and
+      ``optax.conditionally_transform``: they have a branch whose updates have the dtype of the
+      gradients, which cannot hold p' - p.
+    - ``optax.MultiSteps`` works inside and around, but around it rounds the mean of the gradients
+      to bfloat16.
+    - ``optax.flatten`` works inside. Around, it turns leaves of several dtypes into one float32
+      leaf, and bfloat16 leaves stall as before.
+    - Transformations of gradients, such as ``optax.clip_by_global_norm``, are computed in bfloat16
+      if they come before it.
+    - :func:`rmsprop_jax.sharding.zero1` and ``zero1_mapped`` belong around it, where they shard the
+      corrections, too. They gather the updates, 4 bytes per parameter.
 
-    ``optax.apply_updates`` adds float32 to bfloat16, which needs the setting
-    ``jax_numpy_dtype_promotion="standard"``, JAX's default. ``equinox.apply_updates`` leaves the
-    sum in float32: use that of Optax.
+    On a GPU, a jitted step with ``optax.apply_updates`` reads and writes everything in one kernel.
+    XLA:CPU uses the updates twice with 24 and 32 bits, and stores them: 4 bytes per parameter.
+
+    ``optax.apply_updates`` adds float32 to bfloat16, which needs
+    ``jax_numpy_dtype_promotion="standard"``, JAX's default. Do not use ``equinox.apply_updates``,
+    which leaves the sum in float32.
 
     Args:
       tx: any gradient transformation of this library or of Optax.
-      bits: 16, 24 or 32, of the master weight.
-      seed: of the rounding; any integer.
+      bits: number of bits of a master weight: 16, 24 or 32.
+      seed: seed of the stochastic rounding; any integer.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``. Its state is a NamedTuple of ``count``;
-      ``corrections``, a tree like the parameters of int16 or int8, placed like them, with
-      ``optax.MaskedNode()`` for what is not bfloat16, or None if bits is 16; and ``inner_state``.
+      ``corrections``, a tree of int16 or int8 with the structure and placement of the parameters
+      and ``optax.MaskedNode()`` for leaves that are not bfloat16, or None if bits is 16; and
+      ``inner_state``.
+
       ``update`` needs params, and takes gradients of any floating dtype. A gradient of None gives
-      the update that tx makes of it, and leaves the correction. Derivatives pass through the
-      rounding as if it were not there.
+      the update that tx returns for it, and leaves the correction unchanged. Derivatives ignore the
+      rounding.
 
     Raises:
-      TypeError: if an argument is of the wrong type, or a parameter of a narrow float dtype.
-      ValueError: if bits is another number, params are missing, or the state is of other parameters
-        or other bits.
-      AssertionError: by chex, if a gradient does not fit its parameter.
+      TypeError: if an argument has the wrong type, or a parameter a narrow floating dtype.
+      ValueError: if bits is another number, if params are missing, or if the state belongs to other
+        parameters or another number of bits.
+      AssertionError: raised by chex if a gradient does not match its parameter.
 
     Example:
       >>> import jax
@@ -246,7 +258,7 @@ def master_weights(
 
     Sources: a master weight as a bfloat16 parameter and a correction in units of its last place,
     FlashOptim, arXiv:2602.23349, 2026; float32 master weights, Micikevicius et al.,
-    arXiv:1710.03740, 2018; rounding at random, Gupta et al., arXiv:1502.02551, 2015. The code is
+    arXiv:1710.03740, 2018; stochastic rounding, Gupta et al., arXiv:1502.02551, 2015. The code is
     our own.
     """
     if not callable(getattr(tx, "init", None)) or not callable(getattr(tx, "update", None)):

@@ -1,11 +1,11 @@
-"""A float32 number as a bfloat16 one and what that lacks.
+"""A float32 number, split into a bfloat16 number and the correction that completes it.
 
-Everything is counted in ordinals: the float32 numbers in their order, with 0 for 0. The 16 upper
-bits of an ordinal are that of a bfloat16 number, and the others make the correction:
+All computation is on ordinals: the float32 numbers, numbered in their order from 0 for 0. The upper
+16 bits of an ordinal are that of a bfloat16 number, and the others make up the correction:
 
     ordinal(master) = 2^16 ordinal(parameter) + 2^drop correction,  drop = 32 - bits
 
-The parameter is the master weight rounded to the nearest.
+The parameter is the master weight rounded to nearest.
 """
 
 import functools
@@ -21,15 +21,15 @@ from rmsprop_jax._storage import Draw
 from rmsprop_jax.low_memory._random import random_bits, random_key
 
 CORRECTIONS: dict[int, Any] = {16: None, 24: jnp.int8, 32: jnp.int16}  # their dtypes, by bits
-_SLOT = 3  # of the random bits; those of a rule are 0, 1 and 2
+_SLOT = 3  # for the random bits; a rule uses 0, 1 and 2
 _INFINITY = 0x7F80  # the ordinal of the bfloat16 number
 _LARGEST = float(jnp.finfo(jnp.float32).max)
 
 
 @jax.jit
 def joined(param: jax.Array, correction: jax.Array | None) -> jax.Array:
-    """The master weight; a parameter that is not finite is its own."""
-    # Bits are moved, not numbers converted: XLA may leave out a conversion there and back again.
+    """The master weight; a parameter that is not finite is its own master weight."""
+    # Bits are moved, not numbers converted: XLA may remove a conversion there and back.
     upper = _ordinals(param)
     whole = upper << 16
     if correction is not None:
@@ -49,9 +49,9 @@ def moved(
     bits: int,
     seed: int,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """The update of a parameter, and its correction after it.
+    """The update of a parameter, and the correction after it.
 
-    What is not finite becomes the update, and leaves the correction.
+    A master weight that is not finite becomes the update, and leaves the correction unchanged.
     """
     update = update.astype(jnp.float32)
     new = master + unfused(update, count >> 31)
@@ -66,7 +66,7 @@ def moved(
     if correction is not None:
         rest = _rest(held, nearest, bits)
         correction = jnp.where(finite, rest.astype(correction.dtype), correction)
-        # XLA:CPU keeps fewer copies if it knows that the new corrections come first.
+        # XLA:CPU keeps fewer copies if the new corrections have to be computed first.
         zero = (count >> 31).astype(jnp.float32)
         step = step + zero * correction.astype(jnp.float32)
     return straight_through(jnp.where(finite, step, new), update), correction
@@ -74,7 +74,7 @@ def moved(
 
 @functools.partial(jax.jit, static_argnames="bits")
 def parted(weight: jax.Array, bits: int) -> tuple[jax.Array, jax.Array | None]:
-    """The parameter and correction of a master weight."""
+    """The parameter and the correction of a master weight."""
     weight = jnp.asarray(weight, jnp.float32)
     finite = jnp.isfinite(weight)
     held, nearest = _split(weight, (1 << (32 - bits)) >> 1, bits)
@@ -85,7 +85,7 @@ def parted(weight: jax.Array, bits: int) -> tuple[jax.Array, jax.Array | None]:
 
 
 def _split(master: jax.Array, noise: Any, bits: int) -> tuple[jax.Array, jax.Array]:
-    """The ordinal of a master weight in so many bits, and that of the nearest bfloat16 number."""
+    """The ordinal of a master weight, cut to bits, and that of the nearest bfloat16 number."""
     held = (_ordinals(master) + noise) >> (32 - bits)
     low = bits - 16
     nearest = (held + ((1 << low) >> 1)) >> low
@@ -93,14 +93,14 @@ def _split(master: jax.Array, noise: Any, bits: int) -> tuple[jax.Array, jax.Arr
 
 
 def _rest(held: jax.Array, upper: jax.Array, bits: int) -> jax.Array:
-    """What the ordinal of a bfloat16 number lacks, as far as a correction holds it."""
+    """What the ordinal of a bfloat16 number lacks, as far as a correction can hold it."""
     low = bits - 16
     half = 1 << (low - 1)
     return jnp.clip(held - (upper << low), -half, half - 1)
 
 
 def _ordinals(x: jax.Array) -> jax.Array:
-    """The numbers of a dtype in their order, as int32: the bits of those that are positive."""
+    """The ordinals of numbers, as int32: for positive numbers, these are their bits."""
     dtype = np.dtype(f"int{jnp.finfo(x.dtype).bits}")
     bits = lax.bitcast_convert_type(x, dtype).astype(jnp.int32)
     return jnp.where(bits < 0, -(bits & np.iinfo(dtype).max), bits)

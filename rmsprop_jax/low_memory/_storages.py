@@ -1,4 +1,4 @@
-"""Which slot of which leaf is held how, and its advance."""
+"""The storages: which slot of which leaf is stored how, and how it advances."""
 
 import abc
 from collections.abc import Callable, Collection
@@ -19,12 +19,12 @@ from rmsprop_jax.low_memory._eight_bit import accumulate_eight_bit, eight_bit_li
 from rmsprop_jax.low_memory._joined import joined
 from rmsprop_jax.low_memory._random import AxisName, random_key
 
-_TRACE = 2  # the number of momentum's slot
+_TRACE = 2  # the number of the momentum slot
 
 
 @dataclasses.dataclass(frozen=True, repr=False, kw_only=True)
 class LowMemory(abc.ABC):
-    """A storage that holds the slots of most leaves in fewer than 32 bits a number."""
+    """A storage that holds the slots of most leaves in fewer than 32 bits per element."""
 
     seed: int
     exempt: Callable[[str], bool] | None
@@ -53,7 +53,7 @@ class LowMemory(abc.ABC):
 
     @abc.abstractmethod
     def _small(self, param: jax.Array, value: Scalar, field: str) -> Slot:
-        """A slot of a leaf that may be held in fewer bits."""
+        """A slot of a leaf that may be stored in fewer bits."""
 
     def join(self, slots: PyTree, *, field: str) -> PyTree:
         del field
@@ -80,7 +80,7 @@ class LowMemory(abc.ABC):
             return unfused(jnp.where(jnp.isfinite(new + draw.zero()), new, 0), draw.step >> 31)
 
         def lost(copy: int) -> jax.Array:
-            if draw.slot == _TRACE:  # NaN as its term would be, which needs a root
+            if draw.slot == _TRACE:  # NaN like its term, whose computation needs a root
                 return by_parts(lambda part: lax.max(part, part.dtype.type(-copy)), draw.zero())
             return jnp.where(jnp.isfinite(draw.zero()), 0, term())
 
@@ -93,7 +93,7 @@ class LowMemory(abc.ABC):
         return lambda copy: values(copy) + lost(copy), slot
 
     def _accumulator(self, slot: Slot) -> Callable[..., tuple[Copies, Slot]] | None:
-        """What advances a slot that is held in fewer bits; None for one that is not."""
+        """The function that advances a slot stored in fewer bits; None for other slots."""
         return accumulate_bfloat16 if slot.dtype == jnp.bfloat16 else None
 
     def __repr__(self) -> str:
@@ -114,14 +114,14 @@ class Bfloat16(LowMemory):
 
 @dataclasses.dataclass(frozen=True, repr=False, kw_only=True)
 class Q8(LowMemory):
-    """The slots of leaves of min_size in 8 bits, but for means."""
+    """The slots of leaves of at least min_size elements in 8 bits, except means."""
 
     min_size: int
 
     def _small(self, param: jax.Array, value: Scalar, field: str) -> Slot:
         if math.prod(param.shape) < self.min_size:
             return FLOAT32.init(param, value)
-        if field == "mu":  # a variance beside it would be of the error of 8 bits
+        if field == "mu":  # its error in 8 bits would be as large as a variance
             return full_like(param, value, jnp.bfloat16)
         return eight_bit_like(param, value, signed=field != "nu")
 
@@ -143,48 +143,52 @@ def q8(
     exempt: Callable[[str], bool] | None = None,
     axis_name: AxisName | None = None,
 ) -> Storage:
-    """State in 8 bits a number: a quarter of the memory of float32.
+    """Stores the state in 8 bits per element: a quarter of the memory of float32.
 
-    Each second moment has 6 bits for the octave and 2 for the place in it, each value of momentum
-    a sign, 4 bits and 3, under one scale for the whole leaf. The mean of the centered form is held
-    as by :func:`bfloat16`, since a variance would be of the size of an error of 8 bits in it.
+    A second moment is stored with 6 bits for its octave and 2 for its position within the octave; a
+    momentum value with a sign, 4 bits and 3. The whole leaf shares one scale. The mean of the
+    centered form is stored as by :func:`bfloat16`, since its error in 8 bits would be as large as
+    a variance.
 
-    What is guaranteed, for a given sequence of gradients, against the state in float32:
+    For a given sequence of gradients, the following is guaranteed relative to a float32 state:
 
-    - The mean of a second moment over seeds is that in float32; so is that of momentum, as far as
-      it depends on the steps alone.
-    - The standard deviation of a second moment is at most .35 of it: .16 at decay .9, .28 at .99,
-      .31 at .999. An update has half that noise, 7%, 14% and 16%, and is in the mean 1%, 3% and 4%
-      longer.
+    - Averaged over seeds, a second moment equals that in float32. So does the momentum of given
+      steps.
+    - The relative standard deviation of a second moment is at most .35: .16 at decay .9, .28 at
+      .99, .31 at .999. An update has half that noise (7%, 14% and 16%), and is on average 1%, 3%
+      and 4% longer.
     - Where no gradient arrives, second moments and momentum decay exactly.
-    - What is not 0 never becomes 0: a second moment more than 45 octaves, a factor of 3e13, below
-      the largest in its leaf becomes what is 45 octaves below, so that the update is too short,
+    - A nonzero second moment never becomes 0. One that is more than 45 octaves (a factor of 3e13)
+      below the largest in its leaf is raised to 45 octaves below it, so the update is too short,
       never too long.
-    - In one step a second moment may grow to 18 octaves, a factor of 2.6e5, above the largest of
-      the leaf before. What grows more is held as that, and the next steps make up 18 octaves each:
-      until then updates are longer than in float32, but not longer than learning_rate /
-      sqrt(1 - decay), which bounds every update. So one gradient of 1e8 among gradients of size 1
-      does not slow its neighbours, and its own coordinate less than in float32.
-    - Parameters move by momentum as it is held. It may grow to 3 octaves, a factor of 8, above the
-      largest of the leaf before: after a learning rate that jumps up by more, updates are too short
-      for a few steps. Where steps are far below learning_rate / sqrt(1 - decay) from the start, as
-      under a large eps, the first ones are noisy.
-    - The noise of momentum adds up: it is 11% of its root mean square at .9, 29% at .99, and as
-      large as momentum itself at .999. Use :func:`bfloat16` for momentum above .99.
+    - In one step a second moment can grow to at most 18 octaves (a factor of 2.6e5) above the
+      previous largest of its leaf. If it should grow more, it is stored at that limit, and the next
+      steps make up 18 octaves each. Until then updates are longer than in float32, but never longer
+      than learning_rate / sqrt(1 - decay), which bounds every update. So one gradient of 1e8 among
+      gradients of size 1 does not change the updates of its neighbours. Those of its own element
+      have half their usual size again after about 130 steps at decay .9, 1,400 at .99 and 14,000 at
+      .999, where float32 takes 320, 3,100 and 29,000.
+    - Parameters move by the momentum as it is stored. It can grow to at most 3 octaves (a factor of
+      8) above the previous largest of its leaf: if the learning rate jumps up by more, updates are
+      too short for a few steps. If steps are far below learning_rate / sqrt(1 - decay) from the
+      start, as with a large eps, the first ones are noisy.
+    - The noise of momentum accumulates: it is 11% of the root mean square of momentum at .9, 29% at
+      .99, and as large as momentum itself at .999. Use :func:`bfloat16` for momentum above .99.
 
-    It is not guaranteed that the updates or losses of a run are those in float32: each update
+    The updates and losses of a run are not guaranteed to equal those in float32: each update
     differs at random.
 
     Args:
       min_size: leaves of fewer elements stay in float32.
-      seed: of the rounding; any integer.
-      exempt: function of a leaf's path, as "layer/kernel", that is true where it stays in float32.
-      axis_name: of the axes of ``pmap`` or ``shard_map`` over which every leaf is sharded.
+      seed: seed of the stochastic rounding; any integer.
+      exempt: function of a leaf's path, such as "layer/kernel"; a leaf for which it returns True
+        stays in float32.
+      axis_name: the axes of ``pmap`` or ``shard_map`` over which every leaf is sharded.
 
     Returns:
-      A storage. ``nu`` and ``trace`` of the state are NamedTuples of ``codes``, a tree like the
-      parameters, in uint8 or int8, or float32 where a leaf is; and ``scales``, a vector with one
-      for each leaf. Any shape and any sharding will do.
+      A storage. The fields ``nu`` and ``trace`` of the state are NamedTuples of ``codes``, a tree
+      like the parameters in uint8 or int8 (float32 for leaves stored so), and ``scales``, a vector
+      with one element per leaf. Any shape and any sharding is supported.
 
     Raises:
       TypeError, ValueError: if an argument is of the wrong type, or out of range.
@@ -202,8 +206,8 @@ def q8(
       >>> state.nu.codes["kernel"].dtype, state.nu.codes["bias"].dtype
       (dtype('uint8'), dtype('float32'))
 
-    Sources: optimizer states in 8 bits under a shared scale, Dettmers et al., arXiv:2110.02861,
-    2021; rounding at random, Gupta et al., arXiv:1502.02551, 2015. The code is our own.
+    Sources: 8-bit optimizer states with a shared scale, Dettmers et al., arXiv:2110.02861, 2021;
+    stochastic rounding, Gupta et al., arXiv:1502.02551, 2015. The code is our own.
     """
     return Q8(min_size=_checks.integer("min_size", min_size, 0), **_common(seed, exempt, axis_name))
 
@@ -214,22 +218,26 @@ def bfloat16(
     exempt: Callable[[str], bool] | None = None,
     axis_name: AxisName | None = None,
 ) -> Storage:
-    """State in bfloat16, rounded at random: half the memory of float32.
+    """Stores the state in bfloat16 with stochastic rounding: half the memory of float32.
 
-    The mean of each number over seeds is that in float32. Where gradients keep arriving, its
-    relative standard deviation is at most .01 at decay .9, .02 at .99 and .06 at .999. Where none
-    does, each step rounds what is left once more: after k of them it is at most .004 sqrt(k), as a
-    rule .0024 sqrt(k), which is .08 after 1,000 steps and .24 after 10,000. Its mean stays right;
-    in 8 bits such numbers decay exactly. Updates are made of what is stored.
+    Averaged over seeds, each number equals that in float32. Where gradients keep arriving, its
+    relative standard deviation is at most .01 at decay .9, .02 at .99 and .06 at .999.
+
+    Where no gradient arrives, each step rounds what remains once more. After k such steps the
+    relative standard deviation is at most .004 sqrt(k), and typically .0024 sqrt(k), which is .08
+    after 1,000 steps and .24 after 10,000; the mean stays right. In 8 bits such numbers decay
+    exactly.
+
+    Updates are computed from the stored state.
 
     Args:
-      seed, exempt, axis_name: as :func:`q8`.
+      seed, exempt, axis_name: as in :func:`q8`.
 
     Returns:
-      A storage; each slot is an array of bfloat16.
+      A storage; each slot is a bfloat16 array.
 
     Raises:
-      TypeError: as :func:`q8`.
+      TypeError: as in :func:`q8`.
 
     Example:
       >>> import jax.numpy as jnp

@@ -1,17 +1,18 @@
-"""Published settings by name, each as its paper or its authors' code has it.
+"""Published settings by name, with the values of the paper or of the authors' code.
 
     from rmsprop_jax import recipes
     tx = recipes.nature_dqn()
 
-Each is a dialect with its numbers and its schedule, chained with what belongs to the optimizer:
-clipping of gradients, and weight decay where it is part of the loss. What does not (averages of
-weights, clipped weights, how the loss is reduced) is said in the docstring, since a setting means
-nothing without it.
+A recipe is a dialect with its numbers and its schedule, chained with what else belongs to the
+optimizer: gradient clipping, and weight decay where it is part of the loss. The docstring says what
+belongs to the published setting but not to the optimizer: averaged parameters, clipped parameters,
+how the loss is reduced. A setting means little without them.
 
-Schedules count updates. Those of image models are given ``steps_per_epoch``, the number of
-training images divided by the batch size; it need not be whole. What is added to or clipped of the
-gradients before RMSProp is Optax's, with its limits: one infinite gradient and a clipped norm make
-NaN of that gradient and 0 of the others.
+Schedules count updates. Recipes for image models take ``steps_per_epoch``, the number of training
+images divided by the batch size, which need not be an integer.
+
+Clipping and weight decay ahead of RMSProp are those of Optax, with their limits: if the norm is
+clipped and one gradient is infinite, that gradient becomes NaN and the others become 0.
 """
 
 from rmsprop_jax.recipes._pytorch import torchvision_mobilenet_v3, wgan

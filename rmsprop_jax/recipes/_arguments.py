@@ -1,4 +1,4 @@
-"""What all recipes do with their arguments."""
+"""Helpers for the arguments of all recipes."""
 
 from typing import Any, NamedTuple
 
@@ -14,12 +14,12 @@ from rmsprop_jax._types import Scalar
 
 
 def number(name: str, value: Any) -> Any:
-    """A hyperparameter, checked; the schedule, if there is one, is the recipe's own."""
+    """A checked hyperparameter, which cannot be a schedule: the recipe has its own."""
     return _checks.number(name, value, schedule=False)
 
 
 def above_0(name: str, value: Any) -> float:
-    """A Python number above 0, as schedules need it for their lengths."""
+    """A Python number above 0, as the length of a schedule must be."""
     value = number(name, value)
     if not isinstance(value, float):
         raise TypeError(f"{name} must be a Python number, got {value!r}")
@@ -29,10 +29,10 @@ def above_0(name: str, value: Any) -> float:
 
 
 class Clipped(NamedTuple):
-    """The transformation tx, of gradients whose global norm is at most max_norm.
+    """The transformation tx, applied to gradients clipped to the global norm max_norm.
 
-    The norm is taken in at least float32: of some hundred float16 gradients it can be infinite. The
-    state is as that of ``optax.chain``.
+    The norm is computed in at least float32: in float16, that of a few hundred gradients can be
+    infinite. The state has the form of that of ``optax.chain``.
     """
 
     max_norm: float
@@ -64,7 +64,7 @@ def clipped(
 
 
 def stairs(learning_rate: Scalar, steps: float, factor: float) -> Schedule:
-    """A learning rate that is multiplied by a factor every so many steps."""
+    """A learning rate that is multiplied by factor after every period of the given steps."""
     return Schedule(_stairs_at, (learning_rate, steps, factor))
 
 
@@ -72,6 +72,6 @@ def _stairs_at(count: jax.Array, learning_rate: Scalar, steps: float, factor: fl
     if steps.is_integer():
         done = count // min(int(steps), 2**31 - 1)
     else:
-        # Some units in the last place more, lest a quotient that is whole come out below it.
+        # A few units in the last place more, so that no integer quotient is rounded below itself.
         done = jnp.floor(count * ((1 + 4 * jnp.finfo(float).eps) / steps))
     return learning_rate * factor ** done.astype(float)

@@ -1,4 +1,4 @@
-"""Models trained in PyTorch: torchvision's MobileNetV3, Wasserstein GAN."""
+"""Models trained in PyTorch: torchvision's MobileNetV3 and the Wasserstein GAN."""
 
 import optax
 
@@ -15,19 +15,19 @@ def torchvision_mobilenet_v3(
     weight_decay: Scalar = 1e-5,
     storage: Storage | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """MobileNetV3 of torchvision: PyTorch's rule, alpha and momentum 0.9, eps 0.0316.
+    """MobileNetV3 in torchvision: PyTorch's rule, alpha and momentum 0.9, eps 0.0316.
 
-    That eps, outside the root, stands for TensorFlow's 0.001 inside it. The learning rate is
-    multiplied by 0.973 every two epochs; weight decay is for all parameters.
+    This eps, outside the root, corresponds to TensorFlow's 0.001 inside it. The learning rate is
+    multiplied by 0.973 every two epochs. Weight decay applies to all parameters.
 
     Args:
-      steps_per_epoch: updates an epoch, 1252 on 8 devices of 128 images.
-      learning_rate: number, that of the first two epochs.
+      steps_per_epoch: updates per epoch; 1252 with 8 devices and 128 images on each.
+      learning_rate: number, the rate during the first two epochs.
       weight_decay: number of at least 0, in units of gradient / parameter; coupled.
-      storage: how the state is held, as in :func:`rmsprop_jax.rmsprop`.
+      storage: how the state is stored, as in :func:`rmsprop_jax.rmsprop`.
 
     Returns:
-      An ``optax.GradientTransformationExtraArgs``, as :func:`rmsprop_jax.rmsprop`.
+      An ``optax.GradientTransformationExtraArgs``, as from :func:`rmsprop_jax.rmsprop`.
 
     Raises:
       TypeError, ValueError: if an argument is of the wrong type or out of range.
@@ -58,17 +58,17 @@ def torchvision_mobilenet_v3(
 def wgan(
     learning_rate: Scalar = 5e-5, *, storage: Storage | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Wasserstein GAN: PyTorch's RMSProp with its defaults but for the learning rate.
+    """Wasserstein GAN: PyTorch's RMSProp with its defaults, except for the learning rate.
 
-    One for the critic and one for the generator. The critic makes five steps for each of the
-    generator's, and its weights are clipped to [-0.01, 0.01], as below.
+    Use one for the critic and one for the generator. The critic takes five steps for each step of
+    the generator, and its parameters are clipped to [-0.01, 0.01], as in the example.
 
     Args:
       learning_rate: number, constant in the paper.
-      storage: how the state is held, as in :func:`rmsprop_jax.rmsprop`.
+      storage: how the state is stored, as in :func:`rmsprop_jax.rmsprop`.
 
     Returns:
-      An ``optax.GradientTransformationExtraArgs``, as :func:`rmsprop_jax.rmsprop`.
+      An ``optax.GradientTransformationExtraArgs``, as from :func:`rmsprop_jax.rmsprop`.
 
     Raises:
       TypeError, ValueError: if an argument is of the wrong type or out of range.
@@ -85,7 +85,7 @@ def wgan(
       >>> print(f"{critic[0]:.4f} {critic[1]:.4f}")
       0.0100 -0.0005
 
-    Sources: Arjovsky, Chintala and Bottou, arXiv:1701.07875, 2017, algorithm 1, which names no
-    decay and no eps; martinarjovsky/WassersteinGAN, main.py, which leaves them at PyTorch's.
+    Sources: Arjovsky, Chintala and Bottou, arXiv:1701.07875, 2017, algorithm 1, which gives
+    neither decay nor eps; martinarjovsky/WassersteinGAN, main.py, which keeps PyTorch's defaults.
     """
     return pytorch(number("learning_rate", learning_rate), storage=storage)

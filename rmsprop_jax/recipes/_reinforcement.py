@@ -1,4 +1,4 @@
-"""Agents: DQN, IMPALA, A2C."""
+"""Reinforcement learning: DQN, IMPALA, A2C."""
 
 import jax
 import jax.numpy as jnp
@@ -15,18 +15,18 @@ from rmsprop_jax.recipes._arguments import above_0, clipped, number
 def nature_dqn(
     learning_rate: Scalar = 2.5e-4, *, storage: Storage | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    """DQN of the Nature paper: centered, decay 0.95, eps 0.01 inside the root, no momentum.
+    """DQN as in the Nature paper: centered, decay 0.95, eps 0.01 inside the root, no momentum.
 
-    The "gradient momentum" of the paper's table is the decay of the mean gradient that the
-    variance is taken about. The loss is summed over the 32 transitions of a batch, and each
-    temporal difference clipped to [-1, 1]; gradients are not clipped.
+    The "gradient momentum" in the paper's table is the decay of the mean gradient, about which the
+    variance is taken. The loss is summed over the 32 transitions of a batch, and each temporal
+    difference is clipped to [-1, 1]; gradients are not clipped.
 
     Args:
       learning_rate: number, constant in the paper.
-      storage: how the state is held, as in :func:`rmsprop_jax.rmsprop`.
+      storage: how the state is stored, as in :func:`rmsprop_jax.rmsprop`.
 
     Returns:
-      An ``optax.GradientTransformationExtraArgs``, as :func:`rmsprop_jax.rmsprop`.
+      An ``optax.GradientTransformationExtraArgs``, as from :func:`rmsprop_jax.rmsprop`.
 
     Raises:
       TypeError, ValueError: if an argument is of the wrong type or out of range.
@@ -56,18 +56,18 @@ def dqn_zoo(
     eps: Scalar | None = None,
     storage: Storage | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """DQN of DQN Zoo: :func:`nature_dqn` for a loss that is a mean, so eps is 0.01 / 32^2.
+    """DQN as in DQN Zoo: :func:`nature_dqn` for a loss that is a mean, hence eps 0.01 / 32^2.
 
-    The temporal differences are clipped to [-1, 1], as there.
+    The temporal differences are clipped to [-1, 1], as in :func:`nature_dqn`.
 
     Args:
       learning_rate: number, constant in the source.
       batch_size: transitions in a batch; 32 in the source.
       eps: number of at least 0, in units of the gradient squared; None for 0.01 / batch_size^2.
-      storage: how the state is held, as in :func:`rmsprop_jax.rmsprop`.
+      storage: how the state is stored, as in :func:`rmsprop_jax.rmsprop`.
 
     Returns:
-      An ``optax.GradientTransformationExtraArgs``, as :func:`rmsprop_jax.rmsprop`.
+      An ``optax.GradientTransformationExtraArgs``, as from :func:`rmsprop_jax.rmsprop`.
 
     Raises:
       TypeError, ValueError: if an argument is of the wrong type or out of range.
@@ -99,18 +99,18 @@ def impala(
     max_norm: float | None = None,
     storage: Storage | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """IMPALA: TensorFlow 1's rule, decay 0.99, eps 0.1, the learning rate falling to 0.
+    """IMPALA: TensorFlow 1's rule, decay 0.99, eps 0.1, learning rate falling to 0.
 
-    The authors' code has these values and clips nothing; its losses are summed over batch and
-    time. The Atari runs of the paper are known by learning_rate=6e-4, eps=0.01, max_norm=40.
+    These are the values of the authors' code, which does not clip gradients and sums its losses
+    over batch and time. The Atari runs of the paper used learning_rate=6e-4, eps=0.01, max_norm=40.
 
     Args:
-      total_steps: updates until the learning rate is 0: frames in all / frames an update. In the
+      total_steps: updates until the learning rate is 0: total frames / frames per update. In the
         code 1e9 / (32 * 100 * 4) = 78125.
-      learning_rate: number, that of the first update.
+      learning_rate: number, the rate of the first update.
       eps: number of at least 0, in units of the gradient squared.
-      max_norm: largest global norm of the gradients, above 0; None not to clip.
-      storage: how the state is held, as in :func:`rmsprop_jax.rmsprop`.
+      max_norm: maximum global norm of the gradients, above 0; None for no clipping.
+      storage: how the state is stored, as in :func:`rmsprop_jax.rmsprop`.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``.
@@ -142,16 +142,16 @@ def torchbeast(
     max_norm: float | None = 40.0,
     storage: Storage | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """TorchBeast: IMPALA in PyTorch, so eps 0.01 outside the root; global norm 40.
+    """TorchBeast, IMPALA in PyTorch: decay 0.99, eps 0.01 outside the root, global norm 40.
 
     The losses are summed over batch and time.
 
     Args:
-      total_steps: updates until the learning rate is 0: agent steps in all / agent steps an
-        update, 80 * 8 in the source.
-      learning_rate: number, that of the first update.
-      max_norm: largest global norm of the gradients, above 0; None not to clip.
-      storage: how the state is held, as in :func:`rmsprop_jax.rmsprop`.
+      total_steps: updates until the learning rate is 0: total agent steps / agent steps per
+        update; the latter are 80 * 8 in the source.
+      learning_rate: number, the rate of the first update.
+      max_norm: maximum global norm of the gradients, above 0; None for no clipping.
+      storage: how the state is stored, as in :func:`rmsprop_jax.rmsprop`.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``.
@@ -182,19 +182,20 @@ def a2c(
     max_norm: float | None = 0.5,
     storage: Storage | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """A2C of OpenAI Baselines: TensorFlow 1's rule, decay 0.99, eps 1e-5, global norm 0.5.
+    """A2C as in OpenAI Baselines: TensorFlow 1's rule, decay 0.99, eps 1e-5, global norm 0.5.
 
-    The learning rate falls to 0, and does so within an update, too: update k, from 0, has that
-    of the last of its timesteps, learning_rate (1 - ((k + 1) batch_size - 1) / total_timesteps).
-    The losses are means over a batch. As gradients are below 0.5, it takes some hundred updates
+    The learning rate falls to 0 with every timestep. Update k, counted from 0, uses the rate of the
+    last of its timesteps: learning_rate (1 - ((k + 1) batch_size - 1) / total_timesteps).
+
+    The losses are means over a batch. As gradients are below 0.5, it takes a few hundred updates
     until s forgets that it started at 1.
 
     Args:
       total_timesteps: timesteps until the learning rate is 0; 80e6 in the source.
-      batch_size: timesteps an update: environments times 5 in the source.
+      batch_size: timesteps per update; the number of environments times 5 in the source.
       learning_rate: number.
-      max_norm: largest global norm of the gradients, above 0; None not to clip.
-      storage: how the state is held, as in :func:`rmsprop_jax.rmsprop`.
+      max_norm: maximum global norm of the gradients, above 0; None for no clipping.
+      storage: how the state is stored, as in :func:`rmsprop_jax.rmsprop`.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``.
@@ -212,7 +213,7 @@ def a2c(
       and 1 other transformation before it, not described
 
     Stable-Baselines3 has other defaults: PyTorch's rule and a constant learning rate. With its
-    ``RMSpropTFLike`` it is ``dialects.stable_baselines3(7e-4, eps=1e-5)``.
+    ``RMSpropTFLike`` the equivalent is ``dialects.stable_baselines3(7e-4, eps=1e-5)``.
 
     Source: openai/baselines, baselines/a2c/a2c.py.
     """
@@ -228,7 +229,7 @@ def _within_an_update(count: jax.Array, rate: Scalar, total: float, batch: float
 
 
 def _to_0(learning_rate: Scalar, total_steps: float) -> Schedule:
-    """From learning_rate at the first update in a straight line to 0 after total_steps."""
+    """A rate that falls linearly from learning_rate at the first update to 0 after total_steps."""
     rate, total = number("learning_rate", learning_rate), above_0("total_steps", total_steps)
     return Schedule(_line, (rate, total))
 

@@ -21,21 +21,23 @@ def inception(
     mask: PyTree = None,
     storage: Storage | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Inception v3 and v4: TensorFlow 1's rule, decay 0.9, eps 1; x 0.94 every two epochs.
+    """Inception v3 and v4: TensorFlow 1's rule, decay 0.9, eps 1, rate x 0.94 every two epochs.
 
-    Momentum is the code's: the papers say that an earlier run had it. Clipping at 2 is of the
-    paper on v3 only. Beside it: the weights evaluated are an average with decay 0.9999
-    (``optax.incremental_update``), labels are smoothed by 0.1.
+    The momentum is that of the authors' code; the papers say that an earlier run had it. Only the
+    paper on v3 clips gradients, at the norm 2.
+
+    Not part of the optimizer: evaluation uses an average of the parameters with decay 0.9999
+    (``optax.incremental_update``), and labels are smoothed by 0.1.
 
     Args:
-      steps_per_epoch: updates an epoch; with 50 workers of 32 images 1281167 / 1600.
-      learning_rate: number, that of the first two epochs.
+      steps_per_epoch: updates per epoch; 1281167 / 1600 with 50 workers and 32 images on each.
+      learning_rate: number, the rate during the first two epochs.
       momentum: number of at least 0.
-      max_norm: largest global norm of the gradients, above 0; None not to clip.
-      weight_decay: number of at least 0, as part of the loss.
+      max_norm: maximum global norm of the gradients, above 0; None for no clipping.
+      weight_decay: number of at least 0; adds ``weight_decay |x|^2 / 2`` to the loss.
       mask: which parameters decay, as in ``optax.add_decayed_weights``; None for all. The source
-        decays the weights of convolutions and of fully connected layers.
-      storage: how the state is held, as in :func:`rmsprop_jax.rmsprop`.
+        decays the kernels of convolutions and of fully connected layers.
+      storage: how the state is stored, as in :func:`rmsprop_jax.rmsprop`.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``.
@@ -70,20 +72,21 @@ def mobilenet_v2(
     mask: PyTree = None,
     storage: Storage | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """MobileNetV2: TensorFlow 1's rule, decay and momentum 0.9, eps 1; x 0.98 every epoch.
+    """MobileNetV2: TensorFlow 1's rule, decay and momentum 0.9, eps 1, rate x 0.98 every epoch.
 
-    The paper is silent about eps: 1 is the default of the authors' training code, whose published
-    run has learning_rate=0.36, epochs_per_decay=2.5 at a batch of 768 and evaluates an average of
-    the weights with decay 0.9999 (``optax.incremental_update``).
+    The paper does not give eps; 1 is the default of the authors' training code. Their published run
+    has learning_rate=0.36 and epochs_per_decay=2.5 at a batch size of 768, and evaluates an average
+    of the parameters with decay 0.9999 (``optax.incremental_update``), which is not part of the
+    optimizer.
 
     Args:
-      steps_per_epoch: updates an epoch; 1281167 / 96 for each of the paper's 16 workers.
-      learning_rate: number, that of the first epoch.
-      epochs_per_decay: number above 0.
-      weight_decay: number of at least 0, as part of the loss.
+      steps_per_epoch: updates per epoch; 1281167 / 96 for each of the 16 workers in the paper.
+      learning_rate: number, the rate during the first epoch.
+      epochs_per_decay: number above 0, the epochs between two steps of the schedule.
+      weight_decay: number of at least 0; adds ``weight_decay |x|^2 / 2`` to the loss.
       mask: which parameters decay, as in ``optax.add_decayed_weights``; None for all. The source
-        decays the weights of convolutions, but not of depthwise ones.
-      storage: how the state is held, as in :func:`rmsprop_jax.rmsprop`.
+        decays the kernels of convolutions, except depthwise ones.
+      storage: how the state is stored, as in :func:`rmsprop_jax.rmsprop`.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``.
@@ -118,21 +121,25 @@ def mobilenet_v3(
     mask: PyTree = None,
     storage: Storage | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """MobileNetV3: TensorFlow 1's rule, decay and momentum 0.9, eps 0.002; x 0.99 every 3 epochs.
+    """MobileNetV3: TensorFlow 1's rule, decay and momentum 0.9, eps 0.002.
 
-    The paper's learning rate, at a batch of 4096. It is silent about eps: 0.002 is in the command
-    that the authors publish, with learning_rate=0.16, warmup_epochs=5 at a batch of 1536. Beside
-    it: the weights evaluated are an average with decay 0.9999 (``optax.incremental_update``).
+    The learning rate is multiplied by 0.99 every three epochs. Its default is that of the paper, at
+    a batch size of 4096. The paper does not give eps; 0.002 is in the command that the authors
+    published, which has learning_rate=0.16 and warmup_epochs=5 at a batch size of 1536.
+
+    Not part of the optimizer: evaluation uses an average of the parameters with decay 0.9999
+    (``optax.incremental_update``).
 
     Args:
-      steps_per_epoch: updates an epoch; 1281167 / 4096 in the paper.
-      learning_rate: number, that of the first three epochs.
-      warmup_epochs: number of at least 0, during which the learning rate rises from 0, in a
-        straight line until it meets the falling one.
-      weight_decay: number of at least 0, as part of the loss.
+      steps_per_epoch: updates per epoch; 1281167 / 4096 in the paper.
+      learning_rate: number, the rate during the first three epochs.
+      warmup_epochs: number of at least 0. The learning rate rises linearly from 0, with a slope
+        that would reach ``learning_rate`` after so many epochs, until it meets the falling
+        schedule.
+      weight_decay: number of at least 0; adds ``weight_decay |x|^2 / 2`` to the loss.
       mask: which parameters decay, as in ``optax.add_decayed_weights``; None for all. The source
-        decays the weights of convolutions, but not of depthwise ones.
-      storage: how the state is held, as in :func:`rmsprop_jax.rmsprop`.
+        decays the kernels of convolutions, except depthwise ones.
+      storage: how the state is stored, as in :func:`rmsprop_jax.rmsprop`.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``.
@@ -171,19 +178,21 @@ def efficientnet(
 ) -> optax.GradientTransformationExtraArgs:
     """EfficientNet and MnasNet: TensorFlow 1's rule, decay and momentum 0.9, eps 0.001.
 
-    The learning rate rises from 0 in a straight line for five epochs, then is multiplied by 0.97
-    every 2.4 epochs, counted from the very start: it drops by two of these when the rise ends,
-    which ``optax.warmup_exponential_decay_schedule`` has not. Beside it: the weights evaluated
-    are an average with decay 0.9999 (``optax.incremental_update``).
+    The learning rate rises linearly from 0 for five epochs, and is then multiplied by 0.97 every
+    2.4 epochs, counted from the first step. So it drops by two such factors when the rise ends,
+    which ``optax.warmup_exponential_decay_schedule`` does not do.
+
+    Not part of the optimizer: evaluation uses an average of the parameters with decay 0.9999
+    (``optax.incremental_update``).
 
     Args:
-      steps_per_epoch: updates an epoch, 1281167 / 4096 in the paper.
-      learning_rate: number, the peak: 0.016 for every 256 images in a batch.
-      warmup_epochs: number of at least 0.
-      weight_decay: number of at least 0, as part of the loss.
+      steps_per_epoch: updates per epoch; 1281167 / 4096 in the paper.
+      learning_rate: number, the peak of the schedule: 0.016 for every 256 images in a batch.
+      warmup_epochs: number of at least 0, the epochs of the linear rise.
+      weight_decay: number of at least 0; adds ``weight_decay |x|^2 / 2`` to the loss.
       mask: which parameters decay, as in ``optax.add_decayed_weights``; None for all. The source
-        decays all but those of batch normalization.
-      storage: how the state is held, as in :func:`rmsprop_jax.rmsprop`.
+        decays all except those of batch normalization.
+      storage: how the state is stored, as in :func:`rmsprop_jax.rmsprop`.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``.
@@ -212,17 +221,17 @@ def efficientnet(
 
 
 def _lower(count: jax.Array, peak: Scalar, warmup: int, falling: Schedule) -> jax.Array:
-    """The lower of a rate that rises to its peak, and one that falls."""
+    """The lower of a rate that rises to its peak and one that falls."""
     return jnp.minimum(peak * count / warmup if warmup else jnp.inf, falling(count))
 
 
 def _in_turn(count: jax.Array, peak: Scalar, warmup: int, falling: Schedule) -> jax.Array:
-    """A rate that rises to its peak, then one that falls."""
+    """A rate that rises to its peak, followed by one that falls."""
     return jnp.where(count < warmup, peak * count / max(warmup, 1), falling(count))
 
 
 def _stairs(learning_rate: Scalar, steps: float, factor: float) -> Schedule:
-    """Stairs whose length is cut to a whole number, as TensorFlow's training code does."""
+    """A step decay whose period is truncated to an integer, as in TensorFlow's training code."""
     return stairs(number("learning_rate", learning_rate), float(max(int(steps), 1)), factor)
 
 
@@ -235,7 +244,7 @@ def _tensorflow(
     storage: Storage | None,
     max_norm: float | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """TensorFlow 1's rule on the gradients of a loss plus weight_decay |x|^2 / 2."""
+    """TensorFlow 1's rule for the gradients of a loss plus weight_decay |x|^2 / 2."""
     weight_decay = number("weight_decay", weight_decay)
     absent = isinstance(weight_decay, float) and weight_decay == 0
     apart = not absent and (mask is not None or max_norm is not None)

@@ -1,16 +1,17 @@
-"""What rows missed while they had no gradient: k steps of the rule for g = 0 at once, on one array.
+"""The steps that rows missed without a gradient: k steps of the rule for g = 0 at once, on one
+array.
 
 s <- r s,                  r = gamma^k
 b <- mu^k b
 x <- q^k x - eta b (q^(k-1) mu + q^(k-2) mu^2 + ... + mu^k),    q = 1 - eta lam
 
-The symbols are those of _equations. Without decoupled decay q is 1; eta is left out where it is in
-the buffer, and one more mu put in with nesterov. Centered, where s is a variance:
+The symbols are those of _equations. Without decoupled decay q is 1. eta is omitted if it is part of
+the buffer, and nesterov adds one more factor mu. If centered, s is a variance:
 
 m <- r m,  s <- r (s + (1 - r) |m|^2)
 
-If the bias is corrected, s and m are divided by the sum w of their weights, which is 1 - gamma^t
-after t steps: then r = gamma^k w / w' for those before and after.
+With bias correction, s and m are divided by the sum w of their weights, which is 1 - gamma^t after
+t steps. Then r = gamma^k w / w', with w before and w' after the missed steps.
 """
 
 import functools
@@ -27,7 +28,7 @@ from rmsprop_jax._types import Scalar
 
 
 def refuse(rule: Rule) -> None:
-    """Refuses a rule whose k steps have no closed form."""
+    """Refuses a rule whose missed steps have no closed form."""
     rate, decay, _, mu, lam = rule.hyper
     for name, value in (("decay", decay), ("momentum", mu)):
         if callable(value):
@@ -41,8 +42,8 @@ def refuse(rule: Rule) -> None:
         return
     if not rule.variant.decoupled_weight_decay:
         raise ValueError(
-            f"weight_decay must be None or decoupled, got {lam!r}: added to gradients, it makes "
-            "rows without one take steps of which each depends on the last"
+            f"weight_decay must be None or decoupled, got {lam!r}: coupled with the gradient, it "
+            "makes each missed step depend on the one before"
         )
     if not isinstance(rate, float) or not isinstance(lam, float) or rate * lam >= 1:
         raise ValueError(
@@ -54,12 +55,12 @@ def refuse(rule: Rule) -> None:
 def caught_up(
     x: jax.Array, slots: Slots, last: jax.Array, count: jax.Array, rule: Rule
 ) -> tuple[jax.Array, Slots]:
-    """Rows and their slots, which had taken last steps, a number a row, after count steps."""
+    """Rows and slots that had taken last steps (one number per row), brought forward to count."""
     variant, (rate, decay, _, mu, lam) = rule.variant, rule.hyper
     real = jnp.finfo(x.dtype).dtype
     last = last.reshape(-1, *[1] * (x.ndim - 1))
     k = (count - last).astype(real)
-    product = functools.partial(_product, zero=count >> 31)  # of a number that is never negative
+    product = functools.partial(_product, zero=count >> 31)  # count is never negative
 
     s, m, b = slots
     r, rest = _power(decay, k), _rest(decay, k)  # rest is 1 - r
@@ -91,7 +92,7 @@ def _powers(a: Scalar, b: Scalar, k: jax.Array) -> jax.Array:
     arrays = isinstance(a, jax.Array) or isinstance(b, jax.Array)
     high, low = (jnp.maximum(a, b), jnp.minimum(a, b)) if arrays else (max(a, b), min(a, b))
     difference = jnp.asarray(high - low, k.dtype)
-    # The greater one taken out: what is left is 1 - (low / high)^k.
+    # The greater one is factored out; what remains is 1 - (low / high)^k.
     rest = -jnp.expm1(_times(k, _log(low) - _log(high)))
     equal = k / jnp.asarray(high, k.dtype)
     sum_ = jnp.where(difference > 0, rest / jnp.where(difference > 0, difference, 1), equal)
@@ -109,18 +110,18 @@ def _rest(base: Scalar, k: jax.Array) -> jax.Array:
 
 
 def _log(base: Scalar) -> Scalar:
-    """Of a number in float64."""
+    """The logarithm, in float64 for a Python number."""
     if isinstance(base, jax.Array):
         return jnp.log(base)
     return math.log(base) if base > 0 else -math.inf
 
 
 def _times(k: jax.Array, log: Scalar) -> jax.Array:
-    """The logarithm of a power, which is 0 for k = 0 also if the base is."""
+    """The logarithm of base^k, which is 0 for k = 0 even if the base is 0."""
     return jnp.where(k > 0, k * jnp.asarray(log, k.dtype), 0)
 
 
 def _product(a: jax.Array, b: jax.Array, zero: jax.Array) -> jax.Array:
-    """Rounded, so that a sum which follows has the same bits in every program."""
+    """Rounded, so that a sum that follows is bit-identical in every program."""
     with jax.numpy_dtype_promotion("standard"):  # of real and complex numbers
         return unfused(a * b, zero)

@@ -1,4 +1,4 @@
-"""Steps that cost the rows they touch."""
+"""The public functions for steps on the rows that a batch touches."""
 
 from typing import Any
 
@@ -26,25 +26,25 @@ def init(
     *,
     lazy: bool = False,
 ) -> RowsState:
-    """The state of a table before its first step.
+    """Creates the state of a table, before its first step.
 
     Args:
-      tx: what ``rmsprop``, ``scale_by_rms`` or a dialect returns, with nothing around it.
+      tx: what ``rmsprop``, ``scale_by_rms`` or a dialect returns, not wrapped in anything.
       table: array of rows, of shape (n, ...); float32, float64 or complex.
-      inner: a state of tx for the whole table to go on from, as of dense steps; None for that of
+      inner: a state of tx for the whole table, to continue from dense steps; None for that of
         ``tx.init``.
       lazy: whether rows take only the steps that touch them.
 
     Returns:
-      A :class:`RowsState`, with arrays like the table, placed like it, and 4 bytes a row for its
-      steps; without these if lazy.
+      A :class:`RowsState`, whose arrays have the shape and placement of the table, and 4 more bytes
+      per row for its steps; without these if lazy.
 
     Raises:
-      TypeError: if tx is anything else, or the table not such an array.
-      ValueError: if tx cannot be followed on single rows. That is so if it is cautious, or has a
-        storage. If not lazy, also with a schedule of the decay or the momentum, one of the learning
-        rate behind momentum (``lr_in_momentum=False``), weight decay that is coupled, or decoupled
-        with a schedule; if lazy, with bias correction.
+      TypeError: if tx is anything else, or if table is not such an array.
+      ValueError: if tx cannot be applied to single rows: if it is cautious or has a storage. If not
+        lazy, also with a scheduled decay or momentum, with a scheduled learning rate after momentum
+        (``lr_in_momentum=False``), with coupled weight decay, or with decoupled weight decay and a
+        schedule. If lazy, also with bias correction.
 
     Example:
       >>> import jax.numpy as jnp
@@ -60,7 +60,7 @@ def init(
     check(rule, inner, table)
     if lazy:
         return RowsState(inner, None)
-    by_rows = jnp.any(table != table, axis=tuple(range(1, table.ndim)))  # placed like the rows
+    by_rows = jnp.any(table != table, axis=tuple(range(1, table.ndim)))  # placed like rows
     return RowsState(inner, full_like(by_rows, inner.count, jnp.int32))
 
 
@@ -71,26 +71,26 @@ def update(
     table: ArrayLike,
     state: RowsState,
 ) -> tuple[jax.Array, RowsState]:
-    """A step on the rows that a batch touches.
+    """Takes a step on the rows that a batch touches.
 
     Args:
       tx: the transformation that ``init`` was called with.
-      indices: integers of any shape and dtype, the rows of the batch, repeated or not. n, the
-        number of rows, stands for none. Inside jit every index below 0 or above n does, too.
+      indices: integers of any shape and dtype: the rows of the batch, possibly repeated. The number
+        of rows, n, stands for no row. Inside jit so does every index below 0 or above n.
       row_grads: floating or complex array of shape ``indices.shape + table.shape[1:]``, the
-        gradient with respect to ``table[indices]``. Those of one row are added.
+        gradient with respect to ``table[indices]``. Gradients of the same row are added.
       table: array of rows.
       state: the state after the last step.
 
     Returns:
-      The table and the state after the step. The learning rate, and whatever else is a schedule,
-      are those of the step's number, which counts all calls.
+      The table and the state after the step. Schedules, such as that of the learning rate, are
+      evaluated at the number of the step, which counts all calls.
 
     Raises:
-      TypeError, ValueError: as :func:`init`; if indices are no integers, or one of them, where it
-        is known, is below 0 or above n; if the state is of another table or transformation.
-      AssertionError: by chex, if row_grads have another shape, or are complex where the table is
-        not.
+      TypeError, ValueError: as in :func:`init`; if indices are not integers; if one of them is
+        known to be below 0 or above n; if the state belongs to another table or transformation.
+      AssertionError: raised by chex if row_grads have another shape, or are complex while the table
+        is not.
 
     Example:
       >>> import jax.numpy as jnp
@@ -101,8 +101,8 @@ def update(
       >>> print(table[:, 0], state.inner.nu[:, 0], state.steps)
       [0.6837722 1.        1.        0.6837722 1.       ] [0.1 0.  0.  0.4 0. ] [1 0 0 1 0]
 
-    Sources: TensorFlow's ``SparseApplyRMSProp`` for the lazy meaning; the dense one by the closed
-    form of the rule for gradients of 0, our own.
+    Sources: TensorFlow's ``SparseApplyRMSProp`` for the lazy meaning; our own derivation, from the
+    closed form of the rule for gradients of 0, for the dense one.
     """
     rule, table = checked(tx, table, state)
     at = _places(indices, table)
@@ -115,15 +115,15 @@ def advance(
     table: ArrayLike,
     state: RowsState,
 ) -> tuple[jax.Array, RowsState]:
-    """Brings some rows up to date, for a forward pass that is to see what the dense one would.
+    """Brings some rows up to date, so that a forward pass sees what it would with dense steps.
 
     With momentum b, and q = 1 - learning_rate weight_decay if that is decoupled, else 1, k steps
     without a gradient are
 
         x <- q^k x - b (q^(k-1) momentum + ... + momentum^k),  b <- momentum^k b,  s <- decay^k s
 
-    Only there do rows move by themselves; without momentum and decoupled decay all rows are what
-    they would be, and there is no need to call this.
+    Rows move by themselves only with momentum or decoupled weight decay. Without these all rows are
+    up to date, and there is no need to call this function.
 
     Args:
       tx: the transformation that ``init`` was called with.
@@ -132,10 +132,10 @@ def advance(
       state: the state after the last step.
 
     Returns:
-      The table and the state, of the same number of steps.
+      The table and the state, after the same number of steps.
 
     Raises:
-      TypeError, ValueError: as :func:`update`; also if the state is lazy.
+      TypeError, ValueError: as in :func:`update`; also if the state is lazy.
 
     Example:
       >>> import jax.numpy as jnp
@@ -157,10 +157,10 @@ def advance(
 def settle(
     tx: optax.GradientTransformation, table: ArrayLike, state: RowsState
 ) -> tuple[jax.Array, RowsState]:
-    """Brings all rows up to date: for checkpoints, conversions, evaluation, and to go on densely.
+    """Brings all rows up to date, for checkpoints, conversions, evaluation, or to continue densely.
 
-    The table, and ``state.inner`` as the state of tx for it, are then those of as many dense steps,
-    within rounding. ``init(tx, table, inner)`` is the way back.
+    The table, and ``state.inner`` as the state of tx for it, are then those after the same number
+    of dense steps, within rounding. The inverse is ``init(tx, table, inner)``.
 
     Args:
       tx: the transformation that ``init`` was called with.
@@ -168,10 +168,10 @@ def settle(
       state: the state after the last step.
 
     Returns:
-      The table and the state, of the same number of steps.
+      The table and the state, after the same number of steps.
 
     Raises:
-      TypeError, ValueError: as :func:`advance`.
+      TypeError, ValueError: as in :func:`advance`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -188,23 +188,23 @@ def settle(
 
 
 def _places(indices: Any, table: jax.Array) -> jax.Array:
-    """The indices in one row, those of no row beyond the table."""
+    """The indices as a vector; indices of no row are beyond the table."""
     if any(jax.typeof(table).sharding.spec):
         raise ValueError(
-            f"table must be whole on an Explicit mesh, got {jax.typeof(table)}: step its parts "
-            "inside jax.shard_map"
+            f"table must be replicated on an Explicit mesh, got {jax.typeof(table)}: step its "
+            "shards inside jax.shard_map"
         )
     return places(indices, len(table))
 
 
 def _gradients(grads: Any, indices: Any, table: jax.Array) -> jax.Array:
-    """Those of each index, in one row, in the precision of the table."""
+    """The gradients of all indices in one dimension, in the precision of the table."""
     if leaf_type(grads).kind is None:
         raise TypeError(f"row_grads must be floating or complex, got {describe(grads)}")
     chex.assert_shape(
         grads,
         (*indices.shape, *table.shape[1:]),
-        custom_message="row_grads must have a row for each index, as the gradient by the rows",
+        custom_message="row_grads must have a row for each index, like table[indices]",
     )
     with jax.numpy_dtype_promotion("standard"):  # of real and complex dtypes
         grads = widen(jnp.asarray(grads), jnp.finfo(table.dtype).dtype)

@@ -1,4 +1,4 @@
-"""The state of a table of rows, and what it can be the state of."""
+"""The state of a table of rows, and the checks that table, state and transformation match."""
 
 import contextlib
 from typing import Any, NamedTuple
@@ -15,16 +15,16 @@ from rmsprop_jax._rule import RMSPropState, Rule
 from rmsprop_jax._storage import FLOAT32
 from rmsprop_jax.rows._missed import refuse
 
-_MOST = 2**30  # rows: an index for each, and one beyond for each place of a batch, are int32
+_MOST = 2**30  # rows: int32 must hold their indices, and one more per index of a batch
 
 
 class RowsState(NamedTuple):
-    """What a table of rows remembers from step to step.
+    """The state of a table of rows.
 
     Attributes:
       inner: the state of the transformation for the whole table, in which rows may be behind.
       steps: how many steps each row has taken, int32, placed like the rows of the table. None if
-        the state is lazy, where a row takes only those that touch it.
+        the state is lazy, in which case a row takes only the steps that touch it.
     """
 
     inner: RMSPropState
@@ -38,11 +38,11 @@ with contextlib.suppress(ValueError):  # registered already, if this module is r
 def checked(
     tx: optax.GradientTransformation, table: ArrayLike, state: RowsState, lazy: bool | None = None
 ) -> tuple[Rule, jax.Array]:
-    """The rule and the table, if all three belong together."""
+    """The rule and the table, if transformation, table and state match."""
     if not isinstance(state, RowsState):
         raise TypeError(f"state must be a RowsState, got {type(state).__name__}")
     if lazy is False and state.steps is None:
-        raise ValueError("state must not be lazy: its rows miss nothing that could be made up")
+        raise ValueError("state must not be lazy: its rows have no missed steps to make up")
     table = checked_table(table)
     rule = rule_of(tx, state.steps is None)
     check(rule, state.inner, table)
@@ -59,8 +59,8 @@ def checked_table(table: Any) -> jax.Array:
     if not kind.shape or kind.kind is None or jnp.finfo(kind.dtype).bits < 32:
         raise TypeError(
             "table must be one array of rows, of float32, float64 or complex numbers, with a state "
-            f"of its own, got {_briefly(table)}: call this for each table, and hold what has 16 "
-            "bits in float32"
+            f"of its own, got {_briefly(table)}: call this once for each table, and keep 16-bit "
+            "tables in float32"
         )
     if kind.shape[0] > _MOST:
         raise ValueError(f"table must have at most {_MOST} rows, got {describe(table)}")
@@ -72,7 +72,7 @@ def _briefly(value: Any) -> str:
 
 
 def rule_of(tx: optax.GradientTransformation, lazy: bool) -> Rule:
-    """The rule of a transformation, one that can be followed on single rows."""
+    """The rule of a transformation, which must be applicable to single rows."""
     rule = getattr(tx, "part", None)
     if not isinstance(rule, Rule):
         raise TypeError(
@@ -85,11 +85,11 @@ def rule_of(tx: optax.GradientTransformation, lazy: bool) -> Rule:
             "random bits are those of whole leaves"
         )
     if rule.variant.cautious:
-        raise ValueError("cautious must be False: it depends on all rows, also without gradients")
+        raise ValueError("cautious must be False: it depends on all rows, even without gradients")
     if not lazy:
         refuse(rule)
     elif rule.variant.bias_correction:
-        raise ValueError("bias_correction must be False if lazy: it is by the steps of all rows")
+        raise ValueError("bias_correction must be False if lazy: it depends on steps of all rows")
     return rule
 
 

@@ -1,4 +1,4 @@
-"""Steps of a table, each one program: so its bits are the same eagerly as in a larger program."""
+"""Steps of a table, each a program of its own: bit-identical eagerly and in a larger program."""
 
 from collections.abc import Callable
 import functools
@@ -19,13 +19,13 @@ Result = tuple[jax.Array, RowsState]
 
 
 def _program(f: Callable[..., Result]) -> Callable[..., Result]:
-    """A jitted function of a rule, whose arrays are arguments: new values compile nothing anew."""
+    """Jits a function of a rule, with its arrays as arguments: new values do not recompile it."""
 
     def unjitted(structure: Any, constants: tuple[Any, ...], arrays: Any, *args: Any) -> Result:
         leaves = [constants[i] if x is None else x for i, x in enumerate(arrays)]
         return f(structure.unflatten(leaves), *args)
 
-    unjitted.__name__ = f.__name__  # which profiles show
+    unjitted.__name__ = f.__name__  # the name that profiles show
     program = jax.jit(unjitted, static_argnums=(0, 1))
 
     @functools.wraps(f)
@@ -43,26 +43,26 @@ def _program(f: Callable[..., Result]) -> Callable[..., Result]:
 def stepped(
     rule: Rule, at: jax.Array, grads: jax.Array, table: jax.Array, state: RowsState
 ) -> Result:
-    """After a step of the rows at some places, with a gradient for each place."""
+    """The table and state after a step on the rows ``at``, with one gradient for each."""
     at, grads = summed(at, grads, len(table))
     x, held = _up_to_date(rule, at, table, state)
-    zero = held.count >> 31  # of a number that is never negative
+    zero = held.count >> 31  # count is never negative
     updates, held = rule.update(grads, held, x)
     return _written(at, x + unfused(updates, zero), held, table, state, unique=True)
 
 
 @_program
 def advanced(rule: Rule, at: jax.Array, table: jax.Array, state: RowsState) -> Result:
-    """With the rows at some places up to date."""
+    """The table and state, with the rows ``at`` brought up to date."""
     x, held = _up_to_date(rule, at, table, state)
     return _written(at, x, held, table, state, unique=False)
 
 
 @_program
 def settled(rule: Rule, table: jax.Array, state: RowsState) -> Result:
-    """With all rows up to date."""
+    """The table and state, with all rows brought up to date."""
     inner, steps = state
-    assert steps is not None  # which is checked before
+    assert steps is not None  # checked before
     slots = Slots(*(getattr(inner, name) for name in _FIELDS))
     table, slots = caught_up(table, slots, steps, inner.count, rule)
     inner = inner._replace(**slots._asdict())
@@ -76,7 +76,7 @@ def _get(array: jax.Array | None, at: jax.Array) -> Any:
 def _up_to_date(
     rule: Rule, at: jax.Array, table: jax.Array, state: RowsState
 ) -> tuple[jax.Array, RMSPropState]:
-    """Some rows, and the state of the transformation for them."""
+    """The rows ``at``, up to date, and the state of the transformation for them."""
     inner, x = state.inner, _get(table, at)
     slots = Slots(*(_get(getattr(inner, name), at) for name in _FIELDS))
     if state.steps is not None:
@@ -93,7 +93,7 @@ def _written(
     *,
     unique: bool,
 ) -> Result:
-    """The table and the state with some rows in the place of theirs; beyond the end, with none."""
+    """The table and the state with the rows ``at`` replaced; indices beyond the end are dropped."""
 
     def put(array: jax.Array | None, rows: Any) -> Any:
         if array is None:
@@ -103,7 +103,7 @@ def _written(
 
     steps = None
     if state.steps is not None:
-        # Of what is read before, so that XLA writes it where it was: no row is ahead of the count.
+        # From what was read before, so that XLA updates it in place: no row is ahead of the count.
         steps = put(state.steps, jnp.maximum(_get(state.steps, at), held.count))
     fields = {name: put(getattr(state.inner, name), getattr(held, name)) for name in _FIELDS}
     return put(table, x), RowsState(held._replace(**fields), steps)

@@ -11,7 +11,7 @@ from rmsprop_jax._leaves import describe
 
 
 def places(indices: Any, rows: int) -> jax.Array:
-    """Indices in one row, as int32; those of no row are the number of rows."""
+    """Indices as an int32 vector; an index of no row becomes the number of rows."""
     if not hasattr(indices, "dtype") or not jnp.issubdtype(indices.dtype, jnp.integer):
         raise TypeError(f"indices must be an array of integers, got {describe(indices)}")
     if not isinstance(indices, jax.core.Tracer):
@@ -29,7 +29,7 @@ def places(indices: Any, rows: int) -> jax.Array:
 @functools.partial(jax.jit, static_argnums=1)
 def _in_one_row(indices: jax.Array, rows: int) -> jax.Array:
     indices = indices.ravel()
-    # Compared in their own dtype, in which the number of rows may have no place.
+    # Compared in their own dtype, which may not be able to hold the number of rows.
     if rows > jnp.iinfo(indices.dtype).max:
         inside = indices >= 0
     else:
@@ -41,7 +41,7 @@ def _in_one_row(indices: jax.Array, rows: int) -> jax.Array:
 def summed(indices: jax.Array, grads: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
     """Each touched row once, in order, and the sum of its gradients.
 
-    What repetitions leave is at the end, with indices beyond the table, all of them different.
+    The places that repetitions leave are at the end, with distinct indices beyond the table.
     """
     size = indices.size
     each, segment = jnp.unique(indices, size=size, fill_value=rows, return_inverse=True)

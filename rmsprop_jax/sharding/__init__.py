@@ -1,10 +1,12 @@
-"""Where the state lies on many devices: like its parameters, or one part of it on each.
+"""Placement of optimizer state on many devices: like the parameters, or one part on each device.
 
-:func:`fsdp_shardings` says how to split parameters, and :func:`state_sharding` where each array of
-a state belongs, given that of the parameters; :func:`zero1` under ``jit``, and :func:`zero1_mapped`
-inside ``pmap`` and ``shard_map``, split the state of parameters that every device holds whole;
-:func:`move_state` takes a state from one number of devices to another. :func:`report` says what a
-device will hold.
+- :func:`fsdp_shardings` decides how to split parameters.
+- :func:`state_sharding` returns the sharding of each array of a state, given those of the
+  parameters.
+- :func:`zero1` under ``jit``, and :func:`zero1_mapped` inside ``pmap`` and ``shard_map``, split the
+  state of replicated parameters.
+- :func:`move_state` converts a state from one number of devices to another.
+- :func:`report` computes what each device will hold.
 """
 
 from rmsprop_jax.sharding._fsdp import fsdp_shardings

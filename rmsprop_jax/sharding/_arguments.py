@@ -16,30 +16,30 @@ AxisName = str | tuple[str, ...]
 
 
 class Partition:
-    """What gives each device a part of the state of tx: zero1 and zero1_mapped."""
+    """A wrapper that gives each device a part of the state of tx: zero1 or zero1_mapped."""
 
     tx: optax.GradientTransformation
     axes: tuple[str, ...]
 
 
 def partition_of(tx: optax.GradientTransformation) -> Partition | None:
-    """What tx is made by, if that is zero1 or zero1_mapped."""
+    """The wrapper that made tx, if that is zero1 or zero1_mapped."""
     part = tx.part if isinstance(tx, Transformation) else None
     return part if isinstance(part, Partition) else None
 
 
 def checked(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """tx, with an update that takes any extra arguments; none that is partitioned already."""
+    """tx, with an update that takes extra arguments; refused if it is partitioned already."""
     if not callable(getattr(tx, "init", None)) or not callable(getattr(tx, "update", None)):
         raise TypeError(f"tx must be a gradient transformation, got {tx!r}")
-    check_inside(ask_without_params(tx.init) or [])  # init, which has parameters, asks again
-    # MultiSteps is none, and takes them.
+    check_inside(ask_without_params(tx.init) or [])  # init knows the parameters, and asks again
+    # optax.MultiSteps is not a GradientTransformation, and takes extra arguments.
     plain = isinstance(tx, optax.GradientTransformation)
     return optax.with_extra_args_support(tx) if plain else tx
 
 
 def check_inside(parts: Sequence[Part]) -> None:
-    """Refuses what is partitioned among the parts of a transformation."""
+    """Refuses partitioned parts inside a transformation."""
     if any(isinstance(part, Partition) for part in parts):
         raise ValueError(
             "tx must not have zero1 or zero1_mapped inside it: put them outside, as in "
@@ -48,7 +48,7 @@ def check_inside(parts: Sequence[Part]) -> None:
 
 
 def axes_of(name: str, value: Any) -> tuple[str, ...]:
-    """A name, or a tuple of different ones, as a tuple."""
+    """A name, or a tuple of distinct names, as a tuple."""
     axes = value if isinstance(value, tuple) else (value,)
     if not axes or not all(isinstance(axis, str) for axis in axes) or len({*axes}) < len(axes):
         raise TypeError(f"{name} must be a name or a tuple of different names, got {value!r}")
@@ -56,13 +56,13 @@ def axes_of(name: str, value: Any) -> tuple[str, ...]:
 
 
 def check_mesh(mesh: Any) -> None:
-    """Refuses what is no mesh, of devices or without them."""
+    """Refuses anything but a mesh, with or without devices."""
     if not isinstance(mesh, Mesh | AbstractMesh):
         raise TypeError(f"mesh must be a jax.sharding.Mesh, got {mesh!r}")
 
 
 def check_axes(name: str, axes: Sequence[str], mesh: Any) -> None:
-    """Refuses axes that a mesh has not."""
+    """Refuses axes that a mesh does not have."""
     if any(axis not in mesh.axis_names for axis in axes):
         raise ValueError(
             f"{name} must be of the mesh, whose axes are {mesh.axis_names}, got {axes}"
@@ -70,7 +70,7 @@ def check_axes(name: str, axes: Sequence[str], mesh: Any) -> None:
 
 
 def check_context(mesh: Mesh | AbstractMesh, axes: Sequence[str], tree: PyTree) -> None:
-    """Refuses to split a tree over a mesh if the program is mapped over it, or runs on another."""
+    """Refuses to split a tree if the program is mapped over these axes, or is on another mesh."""
     context = jax.sharding.get_abstract_mesh()
     if context.empty:
         return
@@ -96,7 +96,7 @@ def check_context(mesh: Mesh | AbstractMesh, axes: Sequence[str], tree: PyTree) 
 
 
 def check_not_explicit(tree: PyTree) -> None:
-    """Refuses arrays that are split over axes of a mesh that shard_map leaves Explicit."""
+    """Refuses arrays that are split over Explicit axes that shard_map leaves out."""
     for path, x in jax.tree_util.tree_leaves_with_path(tree):
         spec = getattr(jax.typeof(x).sharding, "spec", ())
         if any(names is not None for names in spec):
@@ -125,7 +125,7 @@ def check_gradients(grads: optax.Updates, params: optax.Params) -> None:
 
 
 def check_shardings(shardings: PyTree) -> None:
-    """Refuses a tree with other leaves than NamedShardings that say where all is."""
+    """Refuses leaves other than NamedShardings that define the placement completely."""
     for sharding in jax.tree.leaves(shardings):
         if not isinstance(sharding, NamedSharding):
             raise TypeError(f"shardings must be of jax.sharding.NamedSharding, got {sharding!r}")

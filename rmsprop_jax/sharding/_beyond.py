@@ -1,13 +1,13 @@
-"""An update of parts of leaves, which sees the whole where it looks beyond one number.
+"""Updates of parts of leaves that give the same result as on whole leaves, or are refused.
 
-What a wrapper of the rule decides by many numbers, as whether all are finite, each device would
-decide by its own parts, and replicas would part for good. So the update is traced, and followed
-through what it traces to:
+If a wrapper of the rule decides something by many elements, for example whether all are finite,
+each device would decide by its own parts, and replicas would diverge permanently. So the update is
+traced, and its program is analyzed:
 
-* whether all or any of a part's numbers are so, and how many, is asked of all devices, and so are
-  the largest and the smallest of integers;
-* all else that is made of several numbers of a part, as a norm or a mean, has to go into a
-  collective, as the scales of ``q8`` do. If it reaches an update or the state by itself, it is
+* If it asks whether all or any elements of a part satisfy a condition, or how many do, or for the
+  largest or smallest of integers, the question is put to all devices.
+* Everything else computed from several elements of a part, such as a norm or a mean, has to go into
+  a collective, as the scales of ``q8`` do. If it reaches an update or the state directly, it is
   refused.
 """
 
@@ -33,17 +33,17 @@ _DECISIONS = ("reduce_and", "reduce_or", "reduce_sum", "reduce_max", "reduce_min
 
 
 class Seen(enum.IntEnum):
-    """What numbers depend on."""
+    """What a value depends on."""
 
-    WHOLE = 0  # what all devices have
-    PART = 1  # one number of a part each
-    BEYOND = 2  # several numbers of a part
+    WHOLE = 0  # only on what all devices have
+    PART = 1  # on one element of a part each
+    BEYOND = 2  # on several elements of a part
 
 
 def update_of_parts(
     update: Callable[..., Any], args: tuple[Any, ...], is_part: PyTree, axes: Sequence[str]
 ) -> Any:
-    """The value of update(*args), of whose arrays some are this device's parts."""
+    """The value of update(*args), where some of the arrays are this device's parts."""
     if not any(jax.tree.leaves(is_part)):
         return update(*args)
     closed, shapes = jax.make_jaxpr(update, return_shape=True)(*args)
@@ -54,10 +54,10 @@ def update_of_parts(
         (first, *path), _ = jax.tree_util.tree_leaves_with_path(shapes)[found.index(Seen.BEYOND)]
         what = ("the update", "the state")[first.idx]
         raise ValueError(
-            "tx must look at one number at a time, or at whether all are finite: zero1_mapped "
+            "tx must treat each element by itself, or ask whether all are finite: zero1_mapped "
             f"gives it parts of leaves, and {what} {leaf_name(tuple(path))!r} depends on a "
-            f"{follow.mixed} of them. Clip by a norm before, gradients of which the mean has been "
-            "taken, or use zero1"
+            f"{follow.mixed} of them. Clip averaged gradients by norm before zero1_mapped, or use "
+            "zero1"
         )
     if not follow.decisions:
         return update(*args)
@@ -66,18 +66,18 @@ def update_of_parts(
 
 
 class _Following:
-    """Follows parts through a program."""
+    """Follows parts of leaves through a program."""
 
     def __init__(self, axes: frozenset[str]) -> None:
         self.axes = axes
-        self.decisions = False  # whether there are some that all devices have to take together
-        self.mixed = ""  # what was the first to mix numbers, otherwise
+        self.decisions = False  # whether any have to be made by all devices together
+        self.mixed = ""  # otherwise, the first operation that mixed elements
 
     def levels(self, jaxpr: Jaxpr, seen: Sequence[Seen], *, inlined: bool = True) -> list[Seen]:
-        """What the results depend on; decisions are taken together only where that is inlined."""
+        """What the results depend on. Decisions can be shared only if the operation is inlined."""
         known: dict[Any, Seen] = dict(zip(jaxpr.invars, seen, strict=True))
 
-        def read(values: Sequence[Any]) -> list[Seen]:  # literals and constants are whole
+        def read(values: Sequence[Any]) -> list[Seen]:  # literals and constants are WHOLE
             return [
                 Seen.WHOLE if isinstance(v, Literal) else known.get(v, Seen.WHOLE) for v in values
             ]
@@ -87,7 +87,7 @@ class _Following:
         return read(jaxpr.outvars)
 
     def values(self, closed: ClosedJaxpr, args: Sequence[Any], seen: Sequence[Seen]) -> list[Any]:
-        """The results, with decisions taken together."""
+        """The results, with decisions made by all devices together."""
         jaxpr = closed.jaxpr
         known = dict(zip(jaxpr.constvars, ((c, Seen.WHOLE) for c in closed.consts), strict=True))
         known |= zip(jaxpr.invars, zip(args, seen, strict=True), strict=True)
@@ -101,7 +101,7 @@ class _Following:
             if eqn.primitive.name == "jit" and Seen.PART in of:
                 outs = self.values(eqn.params["jaxpr"], ins, of)
             else:
-                bound = eqn.primitive.get_bind_params(eqn.params)  # with functions before jax 0.10
+                bound = eqn.primitive.get_bind_params(eqn.params)  # functions only before jax 0.10
                 functions, params = bound if isinstance(bound, tuple) else ((), bound)
                 outs = eqn.primitive.bind(*functions, *ins, **params)
                 outs = outs if eqn.primitive.multiple_results else [outs]
@@ -121,7 +121,7 @@ class _Following:
         if name == "cond":
             each = [self.levels(branch, of[1:], inlined=False) for branch in inside]
             return [max(of[0], *outs) for outs in zip(*each, strict=True)]
-        for jaxpr in inside:  # of loops, and functions with derivatives of their own
+        for jaxpr in inside:  # loops, and functions with custom derivatives
             same = len(jaxpr.invars) == len(of) and name not in ("scan", "while")
             outs = self.levels(jaxpr, of if same else [most] * len(jaxpr.invars), inlined=False)
             most = max(most, *outs, Seen.WHOLE)
@@ -136,7 +136,7 @@ class _Following:
         return [most] * size
 
     def _together(self, eqn: JaxprEqn, x: jax.Array) -> jax.Array:
-        """What one device found in its part, of all of them."""
+        """Combines what each device found in its part."""
         axes, name = tuple(self.axes), eqn.primitive.name
         if name == "reduce_sum":
             return lax.psum(x, axes)
@@ -145,13 +145,13 @@ class _Following:
 
 
 def _mixes(name: str) -> bool:
-    """Whether an operation makes one number of several."""
+    """Whether an operation computes one number from several."""
     reduces = name.startswith(("reduce_", "arg", "cum")) and name != "reduce_precision"
     return reduces or name in _MIXING
 
 
 def _is_decision(eqn: JaxprEqn) -> bool:
-    """Whether it says if all or any of an array are so, how many, or which integer is the last."""
+    """Whether it tells if all or any elements are true, how many, or the extreme of integers."""
     if eqn.primitive.name not in (
         "reduce_and",
         "reduce_or",
@@ -166,7 +166,7 @@ def _is_decision(eqn: JaxprEqn) -> bool:
 
 
 def _axes(eqn: JaxprEqn) -> frozenset[Any]:
-    """Those of a collective."""
+    """The axes of a collective."""
     axes = eqn.params.get("axes", eqn.params.get("axis_name", ()))
     return frozenset(axes if isinstance(axes, tuple) else (axes,))
 

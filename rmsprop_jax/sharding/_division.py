@@ -1,4 +1,4 @@
-"""Which axes of a mesh divide which axes of an array, and what a device then has of it."""
+"""Which mesh axes divide which axes of an array, and what part a device then has of it."""
 
 from collections.abc import Mapping, Sequence
 import functools
@@ -8,39 +8,41 @@ import math
 from jax.sharding import NamedSharding
 
 Shape = tuple[int, ...]
-Division = tuple[tuple[str, ...], ...]  # for each axis of an array, the mesh's that divide it
+Division = tuple[tuple[str, ...], ...]  # for each axis of an array, the mesh axes that divide it
 
-WORTH_PADDING = 128  # numbers in an array
+WORTH_PADDING = 128  # elements of an array
 
 
 def division(shape: Sequence[int], sizes: Mapping[str, int], *, pad: bool) -> Division:
-    """What leaves a device the least of an array.
+    """The division that leaves the least of an array on a device.
 
-    Each axis of the mesh, of which the sizes are given, divides one axis of the array, or none. Of
-    several ways to leave as little the first is taken that divides the fewest axes. With pad,
-    either all axes of the mesh divide an array or none does, so that no part is held twice; and one
-    of 128 numbers or more need not be divided evenly: its last parts may be filled up.
+    Each axis of the mesh, whose sizes are given, divides one axis of the array, or none. Among
+    several ways that leave equally little, the first one that divides the fewest axes is taken.
+
+    With pad, either all axes of the mesh divide an array or none does, so that no part is held
+    twice; and an array of 128 elements or more need not be divided evenly: its last parts may be
+    padded.
     """
     return _division(tuple(shape), tuple(sizes.items()), pad)
 
 
 def part_of(sharding: NamedSharding, shape: Shape) -> Shape:
-    """The shape of what a device has of an array, filled up if need be."""
+    """The shape of the part of an array that a device has, padded if necessary."""
     return _part_shape(shape, _parts(sharding, len(shape)))
 
 
 def whole_of(sharding: NamedSharding, part: Shape) -> Shape:
-    """The shape of an array of which each device has such a part."""
+    """The shape of an array of which each device has a part of this shape."""
     return tuple(size * n for size, n in zip(part, _parts(sharding, len(part)), strict=True))
 
 
 def is_even(sharding: NamedSharding, shape: Shape) -> bool:
-    """Whether a sharding has no more axes than a shape, and all shards are of one size."""
+    """Whether a sharding has no more axes than a shape, and all shards have the same size."""
     return len(sharding.spec) <= len(shape) and _divides(shape, _parts(sharding, len(shape)))
 
 
 def filled_shape(sharding: NamedSharding, shape: Shape) -> Shape:
-    """The shape of an array that is filled up so that a sharding divides it."""
+    """The shape of an array that is padded so that a sharding divides it."""
     return whole_of(sharding, part_of(sharding, shape))
 
 
@@ -78,16 +80,16 @@ def _division(shape: tuple[int, ...], sizes: tuple[tuple[str, int], ...], pad: b
 
 
 def _parts(sharding: NamedSharding, rank: int) -> list[int]:
-    """In how many parts a sharding divides each axis of an array."""
+    """The number of parts into which a sharding divides each axis of an array."""
     sizes = sharding.mesh.shape
     return [math.prod(sizes[name] for name in names) for names in mesh_axes(sharding, rank)][:rank]
 
 
 def _part_shape(shape: Sequence[int], parts: Sequence[int]) -> tuple[int, ...]:
-    """Of a part of an array, the last of which may be filled up."""
+    """The shape of a part of an array, the last of which may be padded."""
     return tuple(-(-size // n) for size, n in zip(shape, parts, strict=True))
 
 
 def _divides(shape: Sequence[int], parts: Sequence[int]) -> bool:
-    """Whether nothing has to be filled up."""
+    """Whether no padding is needed."""
     return all(size % n == 0 for size, n in zip(shape, parts, strict=True))

@@ -19,18 +19,19 @@ def fsdp_shardings(
 ) -> PyTree:
     """Shardings that split each parameter over an axis of a mesh, as FSDP (ZeRO stage 3) does.
 
-    Each is split along its first axis that the number of devices divides; over several axes of the
-    mesh along one axis of its own or several, as leaves a device the least, and over no more of
-    them than divide it. Parameters cannot be filled up, as :func:`zero1` does with their state: on
-    12 devices a (4096, 4096) kernel stays whole, but on a mesh of 4 times 3 it is split in 4.
+    Each parameter is split along its first axis that is divisible by the number of devices. With
+    several mesh axes, it is split along one or more of its own axes, whichever leaves the least per
+    device, and over only those mesh axes that divide it. Parameters cannot be padded, as
+    :func:`zero1` does with their state: on 12 devices a (4096, 4096) kernel stays replicated, but
+    on a mesh of 4 times 3, given both axes, it is split in 4.
 
     Args:
-      params: tree of parameters, of which only the structure and shapes count: arrays or
+      params: tree of parameters, of which only the structure and shapes matter: arrays or
         ``jax.ShapeDtypeStruct``.
-      mesh: of devices, or a ``jax.sharding.AbstractMesh``.
-      axis: the axis, or a tuple of axes.
-      min_size: parameters of fewer numbers stay whole on every device, since each that is split
-        has to be gathered for use.
+      mesh: mesh of devices, or a ``jax.sharding.AbstractMesh``.
+      axis: name of the mesh axis, or a tuple of names.
+      min_size: parameters of fewer elements stay replicated, since every parameter that is split
+        has to be gathered before use.
 
     Returns:
       A tree like params of ``jax.sharding.NamedSharding``, for ``jax.device_put``, the
@@ -38,7 +39,7 @@ def fsdp_shardings(
 
     Raises:
       ValueError: if the mesh has no such axis, or min_size is below 0.
-      TypeError: if mesh is no mesh, axis no name, or min_size no integer.
+      TypeError: if mesh is not a mesh, axis not a name, or min_size not an integer.
 
     Example:
       >>> import jax
@@ -53,9 +54,9 @@ def fsdp_shardings(
       >>> where["bias"].is_fully_replicated
       True
 
-    Source: Rajbhandari et al., "ZeRO: memory optimizations toward training trillion parameter
-    models", arXiv:1910.02054, 2019, whose third stage it is; Zhao et al., "PyTorch FSDP:
-    experiences on scaling fully sharded data parallel", arXiv:2304.11277, 2023.
+    Sources: Rajbhandari et al., "ZeRO: memory optimizations toward training trillion parameter
+    models", arXiv:1910.02054, 2019 (stage 3); Zhao et al., "PyTorch FSDP: experiences on scaling
+    fully sharded data parallel", arXiv:2304.11277, 2023.
     """
     check_mesh(mesh)
     axes = axes_of("axis", axis)

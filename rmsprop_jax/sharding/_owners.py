@@ -17,10 +17,10 @@ from rmsprop_jax.sharding._division import filled_shape
 
 
 def owners(state: optax.OptState, params: optax.Params, shardings: PyTree) -> list[int | None]:
-    """For each array of a state, the number of the parameter that it belongs to.
+    """For each array of a state, the index of the parameter that it belongs to.
 
-    It has the parameter's path, in the states of other transformations behind that of wrappers and
-    fields, and its shape, or that filled up for its sharding.
+    Such an array has the parameter's path (in other transformations, after the path of wrappers and
+    fields), and the parameter's shape, possibly padded for its sharding.
     """
     numbers = {path: number for number, (path, _) in enumerate(tree_leaves_with_path(params))}
     shapes = [
@@ -40,7 +40,7 @@ def owners(state: optax.OptState, params: optax.Params, shardings: PyTree) -> li
 def strays(state: optax.OptState, params: optax.Params, shardings: PyTree) -> list[str]:
     """The names of arrays that have a parameter's shape, but no parameter's path.
 
-    A wrapper may well have such arrays for its own ends, in shapes that are alike by chance.
+    A wrapper may also have such arrays for its own purposes, with an equal shape by chance.
     """
     paths = {path for path, _ in tree_leaves_with_path(params)}
     shapes = {np.shape(param) for param in jax.tree.leaves(params)} - {()}
@@ -54,11 +54,11 @@ def strays(state: optax.OptState, params: optax.Params, shardings: PyTree) -> li
 
 
 def warn_of(names: Collection[str]) -> None:
-    """Says which arrays of a state will not be split, if any, though they may be parameters'."""
+    """Warns of arrays of a state that will not be split, although they may be parameters'."""
     if names:
         warnings.warn(
             "the state has arrays with the shapes of parameters, but not their paths, which will "
-            f"be whole on every device: {', '.join(names)}. If tx is optax.lookahead, whose "
+            f"be replicated on every device: {', '.join(names)}. If tx is optax.lookahead, whose "
             "parameters are pairs, put zero1 inside: optax.lookahead(zero1(...), ...)",
             stacklevel=3,
         )

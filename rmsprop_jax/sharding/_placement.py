@@ -26,7 +26,7 @@ from rmsprop_jax.sharding._owners import owners
 
 
 def shardings_of_params(shardings: PyTree, params: optax.Params) -> PyTree:
-    """One sharding for each parameter, from a prefix of the tree of them."""
+    """One sharding for each parameter, from a prefix of the tree of shardings."""
     check_shardings(shardings)
     return jax.tree.broadcast(shardings, params)
 
@@ -34,9 +34,9 @@ def shardings_of_params(shardings: PyTree, params: optax.Params) -> PyTree:
 def shardings_of_state(
     state: optax.OptState, params: optax.Params, shardings: PyTree, others: NamedSharding | None
 ) -> PyTree:
-    """One sharding for each array of a state: that of its parameter, or the others'.
+    """One sharding for each array of a state: that of its parameter, or others if it has none.
 
-    Of state and params only the structure and shapes count.
+    Only the structure and shapes of state and params matter.
     """
     wanted = jax.tree.leaves(shardings)
     found = [
@@ -59,10 +59,10 @@ def check_divided(params: optax.Params, shardings: PyTree) -> None:
 def split_over(
     axes: Sequence[str], params: optax.Params, shardings: PyTree, *, pad: bool
 ) -> PyTree:
-    """The shardings of parameters with more axes of the mesh, as :func:`division` has them.
+    """The shardings of parameters, extended by more mesh axes as :func:`division` decides.
 
-    With pad, what a sharding does not divide is filled up. What is split over one of the axes
-    already stays as it is.
+    With pad, a parameter that a sharding does not divide is padded. A parameter that is split over
+    one of the axes already keeps its sharding.
     """
 
     def split(param: Any, sharding: NamedSharding) -> NamedSharding:
@@ -72,13 +72,13 @@ def split_over(
 
 
 def all_even(shardings: PyTree, params: optax.Params) -> bool:
-    """Whether nothing is filled up."""
+    """Whether no padding is needed."""
     pairs = zip(jax.tree.leaves(shardings), jax.tree.leaves(params), strict=True)
     return all(is_even(sharding, np.shape(param)) for sharding, param in pairs)
 
 
 def resized(x: Any, shape: Shape) -> Any:
-    """An array of another shape: along each axis cut, or filled up with zeros."""
+    """An array cut, or padded with zeros, along each axis to another shape."""
     if np.shape(x) == shape:
         return x
     x = x[tuple(map(slice, shape))]
@@ -89,9 +89,10 @@ def resized(x: Any, shape: Shape) -> Any:
 
 
 def placed(tree: PyTree, shardings: PyTree) -> PyTree:
-    """The arrays of a tree where they are to be; None stays, and where None is said, all stay.
+    """The arrays of a tree, placed as shardings say. None stays None, and a sharding of None places
+    nothing.
 
-    What a sharding does not divide is whole outside jit.
+    Outside jit, an array that a sharding does not divide is replicated.
     """
     return jax.tree.map(_placed, shardings, tree, is_leaf=lambda sharding: sharding is None)
 
@@ -110,12 +111,12 @@ def _placed(sharding: NamedSharding | None, x: Any) -> PyTree:
 
 
 def unfilled(state: optax.OptState, params: optax.Params, shardings: PyTree) -> optax.OptState:
-    """A state whose arrays have the shapes of their parameters."""
+    """A state whose arrays are cut to the shapes of their parameters."""
 
     def cut(x: Any, owner: int | None) -> Any:
         if owner is None or x.shape == shapes[owner]:
             return x
-        if not isinstance(x, jax.core.Tracer):  # whole, since the shards are of several sizes
+        if not isinstance(x, jax.core.Tracer):  # replicated, since shards differ in size
             x = jax.device_put(x, wanted[owner].update(spec=PartitionSpec()))
         return _placed(wanted[owner], resized(x, shapes[owner]))
 
@@ -127,7 +128,7 @@ def unfilled(state: optax.OptState, params: optax.Params, shardings: PyTree) -> 
 
 
 def filled(state: optax.OptState, shardings: PyTree) -> optax.OptState:
-    """A state where it is to be, in arrays that are large enough for that."""
+    """A state padded and placed as the shardings require."""
 
     def fill(sharding: NamedSharding | None, x: Any) -> Any:
         if sharding is None or x is None:
@@ -140,8 +141,8 @@ def filled(state: optax.OptState, shardings: PyTree) -> optax.OptState:
 def inside_auto(f: Callable[..., Any], args: tuple[Any, ...], shardings: PyTree) -> Any:
     """Calls f where the axes of the mesh are Auto, and places its result.
 
-    There the shards of an array may be of several sizes, and operations take operands that are
-    split in different ways, which an Explicit mesh refuses. Outside jit there is no such place.
+    With Auto axes, the shards of an array may differ in size, and operands may be split in
+    different ways, which an Explicit mesh refuses. Outside jit, auto_axes is not available.
     """
     leaves: list[Any]
     structure: Any
@@ -174,7 +175,7 @@ def _with_axes(
     if not any(more):
         return sharding
     spec = [(*names, *others) for names, others in zip(spec, more, strict=True)]
-    while not spec[-1]:  # as jit writes the specs of its results
+    while not spec[-1]:  # as in the specs of jit's results
         spec.pop()
     entries = [names[0] if len(names) == 1 else names or None for names in spec]
     return sharding.update(spec=PartitionSpec(*entries))

@@ -1,4 +1,4 @@
-"""How much of parameters and state each device holds, before there are any arrays."""
+"""How much of the parameters and state each device holds, computed before any arrays exist."""
 
 import math
 from typing import NamedTuple
@@ -19,13 +19,13 @@ from rmsprop_jax.sharding._state import is_place, places
 
 
 class Whole(NamedTuple):
-    """What every device holds as a whole.
+    """State that every device holds as a whole.
 
     Attributes:
-      name: of the parameter whose state it is, as "layer/kernel"; or, in the state, of an array
-        that belongs to no parameter, but has the shape of one.
+      name: of the parameter that the state belongs to, such as "layer/kernel"; or, in the state, of
+        an array that belongs to no parameter, but has the shape of one.
       shape: its shape.
-      state_bytes: what its state takes on each device.
+      state_bytes: bytes of its state on each device.
       reason: why it is not split.
     """
 
@@ -36,15 +36,15 @@ class Whole(NamedTuple):
 
 
 class Report(NamedTuple):
-    """Bytes on one device; all devices hold as many. What :func:`report` gives.
+    """The result of :func:`report`: bytes on one device, the same on all devices.
 
     Attributes:
-      devices: how many there are.
+      devices: number of devices.
       params: bytes of the parameters.
       state: bytes of the state.
-      all_params: bytes of the parameters on one device that has them to itself.
-      all_state: bytes of the state there.
-      whole: what of the state is not split, the largest first.
+      all_params: bytes of the parameters on a single device that holds all of them.
+      all_state: bytes of the state on such a device.
+      whole: what parts of the state are not split, the largest first.
     """
 
     devices: int
@@ -74,25 +74,24 @@ class Report(NamedTuple):
 
 
 def report(tx: optax.GradientTransformation, params: optax.Params, shardings: PyTree) -> Report:
-    """What each device would hold of the parameters and of the state, and what is not split.
+    """Reports the bytes of parameters and state on each device, and which state is not split.
 
-    No arrays are made and nothing is compiled: so it can be asked of parameters that fit on no
-    device, and, with a ``jax.sharding.AbstractMesh``, of more devices than there are. Gradients,
-    updates and whatever else is there during a step are not counted.
+    No arrays are created and nothing is compiled. So it works for parameters that fit on no device,
+    and, with a ``jax.sharding.AbstractMesh``, for more devices than there are. Gradients, updates
+    and whatever else exists during a step are not counted.
 
     Args:
-      tx: a transformation, as for :func:`state_sharding`; also of :func:`zero1` or
+      tx: a transformation, as for :func:`state_sharding`; also that of :func:`zero1` or
         :func:`zero1_mapped`.
-      params: tree of parameters, of which only the structure, shapes and dtypes count: arrays or
+      params: tree of parameters, of which only the structure, shapes and dtypes matter: arrays or
         ``jax.ShapeDtypeStruct``.
-      shardings: those of the parameters, or a prefix of such a tree.
+      shardings: those of the parameters, or a prefix of that tree.
 
     Returns:
       A :class:`Report`, whose ``str`` is a table.
 
     Raises:
-      ValueError: as :func:`state_sharding`.
-      TypeError: as :func:`state_sharding`.
+      ValueError, TypeError: as in :func:`state_sharding`.
 
     Example:
       >>> import jax

@@ -1,4 +1,4 @@
-"""Where the arrays of a state are to be, given the shardings of its parameters."""
+"""Where the arrays of a state belong, given the shardings of its parameters."""
 
 from typing import Any, NamedTuple
 
@@ -21,14 +21,14 @@ from rmsprop_jax.sharding._zero1_mapped import Zero1Mapped
 
 
 class Place(NamedTuple):
-    """Of an array of a state: whose it is and where.
+    """The owner and the placement of one array of a state.
 
     Attributes:
-      part: shape of what a device has of it, filled up if need be.
+      part: shape of the part that a device has, padded if necessary.
       dtype: its dtype.
-      sharding: of all of it.
-      owner: the number of its parameter among all, or None.
-      stray: whether it has none, but looks as if it should.
+      sharding: the sharding of the whole array.
+      owner: the index of the parameter that it belongs to, or None.
+      stray: whether it has no owner, but looks as if it should.
     """
 
     part: tuple[int, ...]
@@ -91,35 +91,37 @@ def state_sharding(
     *,
     memory_kind: str | None = None,
 ) -> PyTree:
-    """A sharding for each array of a state: its parameter's, if it belongs to one.
+    """Returns the sharding of each array of a state: that of its parameter, if it has one.
 
-    For ``jax.jit(tx.init, out_shardings=...)``, ``jax.device_put``, the specs of ``jax.shard_map``
-    and the target of a restore by Orbax. What belongs to no parameter, as the count of steps, is
-    on every device.
+    Use it for ``jax.jit(tx.init, out_shardings=...)``, ``jax.device_put``, the specs of
+    ``jax.shard_map`` and the target of an Orbax restore. Arrays that belong to no parameter, such
+    as the step count, are replicated.
 
     Args:
-      tx: a transformation of this library, or any other, as ``optax.chain`` of several: the arrays
-        of their states that have the path and shape of a parameter are placed like it, too. For
-        :func:`zero1` and :func:`zero1_mapped` the state is split, and filled up, as they do.
-      params: tree of parameters, of which only the structure, shapes and dtypes count: arrays or
+      tx: a transformation of this library, or any other, such as ``optax.chain`` of several: arrays
+        in their states that have the path and shape of a parameter are placed like it, too. For
+        :func:`zero1` and :func:`zero1_mapped`, the state is split and padded as they do.
+      params: tree of parameters, of which only the structure, shapes and dtypes matter: arrays or
         ``jax.ShapeDtypeStruct``.
       shardings: those of the parameters: a tree like params of ``jax.sharding.NamedSharding``, or a
-        prefix of such a tree, as one for all.
-      memory_kind: of what belongs to parameters, as "pinned_host" for the memory of the host; None
-        for that of the parameters.
+        prefix of such a tree, such as a single one for all.
+      memory_kind: memory kind of the arrays that belong to parameters, such as "pinned_host" for
+        host memory; None for that of the parameters.
 
     Returns:
       A tree of shardings like the state.
 
     Raises:
-      ValueError: if a sharding does not divide its parameter; if shardings is no prefix of params,
-        on several meshes, or not that of zero1; if their mesh has no such axis as zero1_mapped; if
-        one of these two is inside another wrapper, where it is not known which states are split.
-      TypeError: if tx is no gradient transformation, or a sharding no NamedSharding.
+      ValueError: if a sharding does not divide its parameter; if shardings is not a prefix of
+        params, is on several meshes, or is not that of zero1; if their mesh lacks the axis of
+        zero1_mapped; if zero1 or zero1_mapped is inside another wrapper, where it is not known
+        which states are split.
+      TypeError: if tx is not a gradient transformation, or a sharding not a NamedSharding.
 
     Warns:
-      UserWarning: if arrays of the state have the shape of a parameter, but not its path, so that
-        they will be on every device; so are all in ``optax.lookahead``, with parameters in pairs.
+      UserWarning: if arrays of the state have the shape of a parameter, but not its path, and will
+        therefore be replicated. This is so for all arrays in ``optax.lookahead``, whose parameters
+        are pairs.
 
     Example:
       >>> import jax
@@ -147,29 +149,30 @@ def state_sharding(
 def move_state(
     tx: optax.GradientTransformation, state: optax.OptState, params: optax.Params, shardings: PyTree
 ) -> optax.OptState:
-    """A state from another number of devices, or another way to split it, for this one.
+    """Converts a state from another number of devices, or another way of splitting it.
 
-    Which arrays :func:`zero1` and :func:`zero1_mapped` have to fill up with zeros, and how far,
-    depends on the number of devices; here they are cut, or filled up, and placed as
-    :func:`state_sharding` says. For the state on one device, as for a conversion, give a tx without
-    them. Arrays that change their shapes go through the memory of the host, one at a time.
+    Which arrays :func:`zero1` and :func:`zero1_mapped` pad with zeros, and how far, depends on the
+    number of devices. This function cuts or pads them, and places them as :func:`state_sharding`
+    says. To get the state for one device, for instance for a conversion, pass a tx without zero1
+    and zero1_mapped. Arrays that change their shapes go through host memory, one at a time.
 
-    From a file, Orbax does the same: ``restore(path, target, strict=False)``, whose target has the
-    shapes of ``jax.eval_shape(tx.init, params)`` and the shardings of :func:`state_sharding`.
+    Orbax can do the same when it reads a file: ``restore(path, target, strict=False)``, with a
+    target that has the shapes of ``jax.eval_shape(tx.init, params)`` and the shardings of
+    :func:`state_sharding`.
 
     Args:
-      tx: the transformation that is to go on.
-      state: that of the same transformation, in zero1 or zero1_mapped or neither, whose arrays
-        this process has as a whole.
+      tx: the transformation that is to continue.
+      state: that of the same transformation, with zero1, zero1_mapped or neither. This process must
+        have its arrays as a whole.
       params: as for :func:`state_sharding`.
-      shardings: the same.
+      shardings: as for :func:`state_sharding`.
 
     Returns:
       The state for tx.
 
     Raises:
-      ValueError: if state is not one of tx for params; and as :func:`state_sharding`.
-      TypeError: as :func:`state_sharding`.
+      ValueError: if state does not belong to tx and params; and as in :func:`state_sharding`.
+      TypeError: as in :func:`state_sharding`.
 
     Example:
       >>> import jax
@@ -210,6 +213,6 @@ def move_state(
 
 
 def _part(param: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-    """What a device has of a parameter."""
+    """The shape and dtype of a device's part of a parameter."""
     shape = part_of(sharding, np.shape(param))
     return jax.ShapeDtypeStruct(shape, jnp.result_type(param))

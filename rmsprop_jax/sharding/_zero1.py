@@ -41,11 +41,11 @@ from rmsprop_jax.sharding._placement import (
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Zero1(Partition):
-    """What is wrapped, and where; its methods are the two functions of a transformation."""
+    """The wrapped transformation and its placement. Has the two functions of the wrapper."""
 
     tx: optax.GradientTransformation
     axes: tuple[str, ...]
-    shardings: PyTree  # of the parameters, or a prefix of them
+    shardings: PyTree  # those of the parameters, or a prefix of that tree
     everywhere: NamedSharding
 
     def init(self, params: optax.Params) -> optax.OptState:
@@ -76,7 +76,7 @@ class Zero1(Partition):
         like = updates if params is None else params
         check_gradients(updates, like)
         parts = self.parts(like)
-        # Where a gradient of None is all that is left of a parameter, its state belongs to none.
+        # If all that is left of a parameter is a gradient of None, its state belongs to none.
         left_out = any(leaf is None for leaf in jax.tree.leaves(like, is_leaf=is_none))
         others = None if left_out else self.everywhere
 
@@ -97,7 +97,7 @@ class Zero1(Partition):
 
         even, given = all_even(parts, like), (updates, state, params, extra_args)
         wanted = shardings_of_state(state, like, parts, others)
-        if others is None:  # all stay where they are
+        if others is None:  # the others stay where they are
             own = jax.tree.map(lambda x: jax.typeof(x).sharding, state)
             wanted = jax.tree.map(lambda sharding, x: sharding or x, wanted, own, is_leaf=is_none)
         return inside_auto(update, given, (self.whole(updates), wanted))
@@ -107,7 +107,7 @@ class Zero1(Partition):
         return shardings_of_params(self.shardings, params)
 
     def parts(self, params: optax.Params) -> PyTree:
-        """The shardings of the parts of the parameters, of which each device has the state."""
+        """The shardings of the parts of the parameters whose state each device has."""
         return split_over(self.axes, params, self.whole(params), pad=True)
 
 
@@ -117,39 +117,40 @@ def zero1(
     axis: AxisName,
     shardings: PyTree = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """The transformation with its state split over an axis of a mesh; parameters stay whole.
+    """Splits the state of tx over an axis of a mesh (ZeRO stage 1); parameters stay replicated.
 
-    The gradients are split as the state is, by a reduce-scatter, or an all-reduce of which each
-    device takes its part; the updates are gathered. The steps are those of tx, whatever is in it:
-    under ``jit`` a norm or a mean is of the whole array, however that is split.
+    The gradients are split like the state, by a reduce-scatter, or by an all-reduce of which each
+    device takes its part; the updates are gathered. The steps are those of tx, whatever it
+    contains: under ``jit``, a norm or a mean is that of the whole array, however it is split.
 
-    Each parameter is split along its first axis that the number of devices divides, or over several
-    axes of the mesh along several of its own. One that cannot be divided, of 128 numbers or more,
-    is split along the axis that leaves a device the least, and the arrays of its state are filled
-    up with zeros to a multiple of the number of devices. They are so between steps; tx sees them in
-    the shape of the parameter. Its gradient then takes an all-reduce. A smaller one stays whole, as
-    does its state. For a state of another number of devices there is :func:`move_state`.
+    Each parameter is split along its first axis that is divisible by the number of devices, or,
+    over several axes of the mesh, along several of its own. A parameter that cannot be divided
+    evenly and has 128 elements or more is split along the axis that leaves the least per device.
+    The arrays of its state are padded with zeros to a multiple of the number of devices between
+    steps; tx sees them in the shape of the parameter. The gradient of such a parameter takes an
+    all-reduce. A smaller parameter stays replicated, and so does its state.
+
+    To continue with the state of another number of devices, use :func:`move_state`.
 
     Args:
       tx: a transformation of this library, or any other; also ``optax.chain`` of several.
-      mesh: of devices; its axes are all ``Auto`` or all ``Explicit``. A
-        ``jax.sharding.AbstractMesh`` will do to ask :func:`state_sharding` and :func:`report`.
+      mesh: mesh of devices, whose axes are all ``Auto`` or all ``Explicit``. A
+        ``jax.sharding.AbstractMesh`` is enough for :func:`state_sharding` and :func:`report`.
       axis: the axis, or a tuple of axes, over which data are sharded and parameters are not.
-      shardings: where the parameters are sharded over other axes of the mesh, a tree like them of
-        ``jax.sharding.NamedSharding``, or a prefix of such a tree; None if every device holds all.
+      shardings: if the parameters are sharded over other axes of the mesh, a tree like them of
+        ``jax.sharding.NamedSharding``, or a prefix of such a tree. None if they are replicated.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` whose ``init`` and ``update`` work under ``jit``
-      and eagerly, and whose state is that of tx. Eagerly, what is filled up is whole while it is
-      updated.
+      and eagerly, and whose state is that of tx. Eagerly, padded arrays are replicated during the
+      update.
 
     Raises:
-      ValueError: if the mesh has no such axis, or axes of other types; if shardings are on another;
-        if tx has zero1 or zero1_mapped in it.
-      TypeError: if tx is no gradient transformation, mesh no Mesh, axis no name, or a sharding no
-        NamedSharding.
-      ValueError: in ``update``, if gradients are in another tree than params, as those of
-        ``optax.lookahead`` are: zero1 belongs inside that.
+      ValueError: if the mesh has no such axis, or axes of other types; if shardings are on another
+        mesh; if tx contains zero1 or zero1_mapped. In ``update``, if gradients are in another tree
+        than params, as those of ``optax.lookahead`` are; put zero1 inside lookahead.
+      TypeError: if tx is not a gradient transformation, mesh not a Mesh, axis not a name, or a
+        sharding not a NamedSharding.
 
     Warns:
       UserWarning: in ``init``, as :func:`state_sharding`.

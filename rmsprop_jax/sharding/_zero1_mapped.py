@@ -33,7 +33,7 @@ from rmsprop_jax.sharding._placement import resized, split_over
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Zero1Mapped(Partition):
-    """What is wrapped, and where; its methods are the two functions of a transformation."""
+    """The wrapped transformation and its axes. Has the two functions of the wrapper."""
 
     tx: optax.GradientTransformation
     axes: tuple[str, ...]
@@ -47,18 +47,18 @@ class Zero1Mapped(Partition):
         return self.tx.init(params)
 
     def check(self, parts: Sequence[Part]) -> None:
-        """Refuses what is wrong for parts of leaves among the parts of tx."""
+        """Refuses those parts of tx that do not work on parts of leaves."""
         check_inside(parts)
         for rule in some_rules(self.tx, parts):
             if rule.variant.cautious:
                 raise ValueError(
-                    "tx must not be cautious, which takes a mean over each leaf, where "
-                    "zero1_mapped has parts of leaves: use zero1"
+                    "tx must not be cautious, which takes a mean over each leaf, while "
+                    "zero1_mapped gives it parts of leaves: use zero1"
                 )
             if getattr(rule.variant.storage, "axis_name", None) is not None:
                 raise ValueError(
                     "the storage of tx must not have an axis_name: leaves that zero1_mapped does "
-                    "not split would be rounded in another way on each device"
+                    "not split would be rounded differently on each device"
                 )
 
     def update(
@@ -91,7 +91,7 @@ class Zero1Mapped(Partition):
         return jax.tree.map(self._gathered, updates, whole), state
 
     def parts(self, params: optax.Params, shardings: PyTree) -> PyTree:
-        """The shardings of the parts of the parameters, of which each device has the state."""
+        """The shardings of the parts of the parameters whose state each device has."""
         return split_over(self.axes, params, shardings, pad=True)
 
     def _division(self, x: Any) -> Division:
@@ -99,7 +99,7 @@ class Zero1Mapped(Partition):
         return division(jnp.shape(x), sizes, pad=True)
 
     def _mine(self, x: Any) -> Any:
-        """The part of a parameter that is this device's."""
+        """The part of a parameter that belongs to this device."""
         for axis, names in enumerate(self._division(x)):
             if names:
                 x = _filled(x, axis, names)
@@ -108,11 +108,11 @@ class Zero1Mapped(Partition):
         return x
 
     def _mean(self, g: Any) -> Any:
-        """The part that is this device's of the mean of a gradient over all."""
+        """The part of the mean gradient over all devices that belongs to this device."""
         n, parted = lax.axis_size(self.axes), self._division(g)
-        if n == 1:  # XLA does not see for itself that nothing is to be done
+        if n == 1:  # XLA does not notice that nothing has to be done
             return g
-        first = g.dtype == jnp.float16  # whose sum may be beyond its range
+        first = g.dtype == jnp.float16  # a sum may be beyond its range
         g = g / n if first else g
         if not any(parted):
             g = lax.psum(g, self.axes)
@@ -123,7 +123,7 @@ class Zero1Mapped(Partition):
         return g if first else g / n
 
     def _gathered(self, u: Any, whole: Any) -> Any:
-        """An update, from the parts of all devices."""
+        """The whole update, from the parts of all devices."""
         for axis, names in enumerate(self._division(whole)):
             if names:
                 u = lax.all_gather(u, names, axis=axis, tiled=True)
@@ -132,14 +132,14 @@ class Zero1Mapped(Partition):
 
 
 def _filled(x: jax.Array, axis: int, names: tuple[str, ...]) -> jax.Array:
-    """An array whose axis is filled up with zeros so that devices divide it."""
+    """An array padded with zeros along an axis, so that the devices divide it."""
     n, shape = lax.axis_size(names), list(x.shape)
     shape[axis] = -(-shape[axis] // n) * n
     return resized(x, tuple(shape))
 
 
 def is_like(updates: optax.Updates, is_part: PyTree, state: optax.OptState) -> PyTree:
-    """Of each array of a state, whether it has the shape of a part."""
+    """For each array of a state, whether it has the shape of a part."""
     each = zip(jax.tree.leaves(updates), jax.tree.leaves(is_part), strict=True)
     shapes = {jnp.shape(part) for part, split in each if split}
     return jax.tree.map(lambda x: jnp.shape(x) in shapes, state)
@@ -148,47 +148,48 @@ def is_like(updates: optax.Updates, is_part: PyTree, state: optax.OptState) -> P
 def zero1_mapped(
     tx: optax.GradientTransformation, axis_name: AxisName
 ) -> optax.GradientTransformationExtraArgs:
-    """The transformation with its state split over the devices of a mapped axis.
+    """Splits the state of tx over the devices of a mapped axis (ZeRO stage 1).
 
-    For use inside ``jax.pmap`` and ``jax.shard_map``, where each device has all parameters and the
-    gradients of its own data. An update takes their mean, of which each device gets its part by a
-    reduce-scatter, updates that, and gathers the updates of all. So take no ``lax.pmean`` before,
-    which would be right but in vain; after ``lax.psum`` the gradients would be too large.
+    Use it inside ``jax.pmap`` and ``jax.shard_map``, where each device has all parameters and the
+    gradients of its own data. ``update`` takes the mean of the gradients by a reduce-scatter, of
+    which each device gets its part, updates that part, and gathers the updates of all devices. Do
+    not call ``lax.pmean`` before, which would be correct but superfluous, nor ``lax.psum``, after
+    which the gradients would be too large.
 
-    Parameters are split as by :func:`zero1`. What is filled up stays so here: the last devices may
-    have zeros in their parts. What is not split is updated whole, on every device.
+    Parameters are split as by :func:`zero1`. Padding is visible to tx here: the last devices may
+    have zeros in their parts. A parameter that is not split is updated as a whole, on every device.
 
-    Where tx asks whether all numbers are finite, as ``optax.apply_if_finite`` and
-    ``optax.skip_not_finite`` do, all devices are asked, and they skip the same steps. A norm or a
-    mean of several numbers, as in clipping by norm and layer-wise rates, would be that of a part,
-    and is refused.
+    If tx asks whether all elements are finite, as ``optax.apply_if_finite`` and
+    ``optax.skip_not_finite`` do, all devices are asked, so all skip the same steps. A norm or a
+    mean of several elements, as in clipping by norm and layer-wise learning rates, would be that of
+    a part, and is refused.
 
     Wrappers of both kinds may go around it, as in ``optax.chain(optax.clip_by_global_norm(1.0),
-    zero1_mapped(...))``, if the gradients were averaged with ``lax.pmean`` first. Without that,
-    each device would decide by its own gradients, and replicas would part, or wait for each other
+    zero1_mapped(...))``, if the gradients are averaged with ``lax.pmean`` first. Otherwise each
+    device would decide by its own gradients, and replicas would diverge, or wait for each other
     forever. :func:`zero1` has no such limits.
 
-    Where ``jax.shard_map`` is over some axes of the mesh only (``axis_names``), the others must be
+    If ``jax.shard_map`` is over some of the mesh axes only (``axis_names``), the others must be
     Auto, and the shardings for :func:`state_sharding` must leave them out: its specs are then what
     ``jax.shard_map`` takes. XLA splits the state over the other axes as it does the parameters.
 
     Args:
-      tx: a transformation of this library, or ``optax.chain`` or another wrapper with one in it.
-        ``q8`` and ``bfloat16`` round with the same random bits in all parts; ``min_size`` is of a
-        part.
+      tx: a transformation of this library, or ``optax.chain`` or another wrapper that contains one.
+        ``q8`` and ``bfloat16`` round with the same random bits in all parts; ``min_size`` refers to
+        a part.
       axis_name: the mapped axis, or a tuple of them.
 
     Returns:
-      An ``optax.GradientTransformationExtraArgs`` whose ``init`` and ``update`` work where the axis
-      is mapped, and nowhere else; ``jax.shard_map`` needs ``check_vma=False``. Its state is that of
-      tx for the parts, which are not alike: the specs of the state are those of
+      An ``optax.GradientTransformationExtraArgs`` whose ``init`` and ``update`` only work where the
+      axis is mapped; ``jax.shard_map`` needs ``check_vma=False``. Its state is that of tx for the
+      parts, which differ between devices: the specs of the state are those of
       :func:`state_sharding`, never ``P()``.
 
     Raises:
-      ValueError: if tx is cautious, which takes a mean over each leaf, has an ``axis_name`` in its
-        storage, or has zero1 or zero1_mapped in it; or, in ``update``, where ``check_vma`` is on,
-        or an update or the state depends on a norm or a mean of parts.
-      TypeError: if tx is not a transformation of this library, or axis_name no name.
+      ValueError: if tx is cautious, which takes a mean over each leaf; if its storage has an
+        ``axis_name``; if it contains zero1 or zero1_mapped. In ``update``, if ``check_vma`` is on,
+        or if an update or the state depends on a norm or a mean of parts.
+      TypeError: if tx is not a transformation of this library, or axis_name not a name.
 
     Example:
       >>> import jax
@@ -218,11 +219,11 @@ def zero1_mapped(
       >>> updates.shape == state.nu.shape == params.shape
       True
 
-    Source: as :func:`zero1`.
+    Source: as for :func:`zero1`.
     """
     tx = checked(tx)
     axes = axes_of("axis_name", axis_name)
     wrapped = Zero1Mapped(tx, axes)
-    if (parts := ask_without_params(tx.init)) is not None:  # else init and update ask
+    if (parts := ask_without_params(tx.init)) is not None:  # otherwise init and update ask
         wrapped.check(parts)
     return transformation(wrapped)

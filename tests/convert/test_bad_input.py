@@ -134,7 +134,7 @@ BAD_CHECKPOINTS = [
     (
         "pytorch",
         replaced("state", 1, "grad_avg", WRONG),
-        r"state\[1\] has \['grad_avg'\] left over.*: to go on .* ignore=\('grad_avg',\)",
+        r"state\[1\] has \['grad_avg'\] left over.*: to continue .* ignore=\('grad_avg',\)",
     ),
     ("pytorch", replaced("state", 1, "exp_avg", WRONG), r"state\[1\] has \['exp_avg'"),
     ("pytorch", flattened, None),
@@ -151,34 +151,34 @@ BAD_CHECKPOINTS = [
     (
         "pytorch",
         flattened_but(replaced("state.more.square_avg", WRONG)),
-        r"a state for \['more'\], which no group has",
+        r"a state for \['more'\], which is in no group",
     ),
     (
         "pytorch",
         flattened_but(without("param_groups.fc.bias.alpha")),
-        "group has no 'alpha': it is of another",
+        "group has no 'alpha': it is from another",
     ),
     (
         "pytorch",
         replaced("param_groups", 0, "params", NAMES[::-1]),
         "names must be those of param_groups",
     ),
-    ("pytorch", replaced("state", 4, {}), r"a state for \[4\], which no group has"),
+    ("pytorch", replaced("state", 4, {}), r"a state for \[4\], which is in no group"),
     (
         "pytorch",
         replaced("state", 0, "square_avg", WRONG),
         r"nu of 'cell.weight' has shape \(7, 7\)",
     ),
     ("pytorch", replaced("state", 3, "momentum_buffer", WRONG), r"trace of 'fc.bias' has shape"),
-    ("pytorch", without("param_groups", 0, "alpha"), "group has no 'alpha': it is of another"),
-    ("pytorch", replaced("param_groups", 0, timm_group()), "it is of timm's RMSpropTF"),
+    ("pytorch", without("param_groups", 0, "alpha"), "group has no 'alpha': it is from another"),
+    ("pytorch", replaced("param_groups", 0, timm_group()), "it is from timm's RMSpropTF"),
     ("pytorch", replaced("param_groups", 0, "params", [0, 1, 2]), "names must be those of 3"),
     ("pytorch", replaced("param_groups", 0, "maximize", True), r"\[0\] has {'maximize': True}"),
     ("pytorch", replaced("param_groups", 0, "weight_decay", 0.1), "{'weight_decay': True}"),
     ("pytorch", replaced("param_groups", 0, "centered", True), "{'centered': True}"),
     ("pytorch", replaced("param_groups", 0, "momentum", 0.0), "{'momentum': False}"),
     ("pytorch", replaced("param_groups", 0, "param_names", NAMES[::-1]), "names must be those of"),
-    ("timm", replaced("param_groups", 0, group()), "it is not of timm's RMSpropTF"),
+    ("timm", replaced("param_groups", 0, group()), "it is not from timm's RMSpropTF"),
     ("timm", replaced("param_groups", 0, "decoupled_decay", None), "decoupled_decay must be"),
     ("timm", replaced("param_groups", 0, "caution", True), "{'cautious': True}"),
     ("timm", replaced("param_groups", 0, "weight_decay", 0.1), "{'weight_decay': True}"),
@@ -190,7 +190,7 @@ BAD_CHECKPOINTS = [
     (
         "keras",
         without(slice(-2, None)),
-        r"4 each of \['velocity', 'momentum'\] as tx has them; got",
+        r"4 each of \['velocity', 'momentum'\], as tx has them; got",
     ),
     ("keras", without(0), r"4 each of \['velocity', 'momentum'\]"),
     ("keras", lambda given: given.append(WRONG), r"4 each of \['velocity', 'momentum'\]"),
@@ -206,7 +206,7 @@ BAD_CHECKPOINTS = [
     ("keras", lambda given: given.insert(2, WRONG), "more .* ignore=.*LossScaleOptimizer"),
     ("tensorflow", replaced("velocity", {}), r"must be 'rms', 'momentum' .* got \['velocity'\]"),
     ("tensorflow", without("rms"), "slots must have 'rms'"),
-    ("tensorflow", without("momentum"), "tx has momentum for .*, which the source has not"),
+    ("tensorflow", without("momentum"), "tx has momentum for .*, but the source does not"),
     (
         "tensorflow",
         without("rms", "fc.bias"),
@@ -218,9 +218,9 @@ BAD_CHECKPOINTS = [
     # What no gradients leave behind.
     ("pytorch", spoiled("state", 1, "square_avg", np.nan), "nu of 'flat.weight' .* not finite"),
     ("pytorch", spoiled("state", 1, "momentum_buffer", np.inf), "trace of 'flat.w.* not finite"),
-    ("pytorch", spoiled("state", 1, "square_avg", -1.0), "nu of 'flat.weight' .* has -1.0 in it"),
+    ("pytorch", spoiled("state", 1, "square_avg", -1.0), "nu of 'flat.weight' .* contains -1.0"),
     ("timm", spoiled("state", 0, "square_avg", np.inf), "nu of 'cell.weight' .* not finite"),
-    ("keras", spoiled(3, -9.0), "nu of 'flat.weight' is a second moment, and has -9.0"),
+    ("keras", spoiled(3, -9.0), "nu of 'flat.weight' is a second moment, but contains -9.0"),
     ("keras", spoiled(9, np.nan), "trace of 'fc.bias' has numbers that are not finite"),
     ("tensorflow", spoiled("rms", "fc.bias", -1.0), "nu of 'fc.bias' is a second moment"),
     ("tensorflow", spoiled("momentum", "fc.bias", np.inf), "trace of 'fc.bias' .* not finite"),
@@ -316,7 +316,7 @@ def test_refuses_incomplete_mappings(framework):
         framework.back(given, params, mapping=missing)
     with pytest.raises(ValueError, match=r"'flat.bias'"):
         framework.back(given, params, mapping=MAPPING | {"flat": "flat.bias"})
-    with pytest.raises(ValueError, match=r"mapping names nothing of \['flat.weight'\]"):
+    with pytest.raises(ValueError, match=r"mapping has no entry for \['flat.weight'\]"):
         framework.back(given, less, mapping=missing)
 
 

@@ -80,9 +80,9 @@ def with_group(**options):
         (changed(state2=np.ones(3)), r"state\[0\] must have 'step' and 'state1' .*'state2'"),
         (changed(absmax1=None, max1=np.ones(1)), r"state\[0\] must have .* got \['max1'"),
         (changed(qmap1=None, absmax1=None), r"state\[0\] has 'state1' in uint8, and no 'qmap1'"),
-        (changed(absmax1=np.ones(1, "f4")), r"state\[0\] has 1 numbers 'absmax1' for 300"),
+        (changed(absmax1=np.ones(1, "f4")), r"state\[0\] has 1 elements in 'absmax1' for 300"),
         (with_group(betas=(0.9, 0.99)), r"betas of \(alpha, 0\), got \(0.9, 0.99\)"),
-        (with_group(betas=(0.0, 0.0)), r"got \(0.0, 0.0\): it is of another optimizer"),
+        (with_group(betas=(0.0, 0.0)), r"got \(0.0, 0.0\): it is from another optimizer"),
     ],
 )
 def test_refused(state_dict, message):
@@ -92,5 +92,5 @@ def test_refused(state_dict, message):
 
 def test_what_was_not_read_is_called_by_name():
     params, tx = params_of("middle"), dialects.pytorch(weight_decay=0.1)
-    with pytest.raises(ValueError, match=r"no 'alpha': it is of bitsandbytes \(see bitsandbytes_s"):
+    with pytest.raises(ValueError, match=r"no 'alpha': it is from bitsandbytes \(see bits"):
         convert.from_pytorch(RECORD["state 32"], params, MAPPING, tx)

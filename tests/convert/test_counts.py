@@ -97,7 +97,7 @@ def test_counts_that_differ_are_named_and_may_be_given():
     _, there = trained(theirs, UPDATES)
     uneven = there._replace(count=jnp.asarray(9))
     bias = rmsprop(0.1, bias_correction=True)
-    message = r"counts \[7, 9\]: give steps.*'InjectStatefulHyperparamsState', 9.*Count.*, 7"
+    message = r"counts \[7, 9\]: pass steps.*'InjectStatefulHyperparamsState', 9.*Count.*, 7"
     with pytest.raises(ValueError, match=message):
         convert.from_optax(uneven, PARAMS, bias)
     assert_same(

@@ -156,7 +156,7 @@ def test_ignores_what_is_left_over_and_nothing_else(name):
 def test_names_of_wrapped_models(wrapped):
     """Are refused with what to do, which helps."""
     prefixes, how = PREFIXES[wrapped]
-    message = rf"must be as mapping has them, without {prefixes}, got .*: take {how} for each name"
+    message = rf"must be those of mapping, without {prefixes}, got .*: use {how} for each name"
     names = RECORD["wrapped"][wrapped]
     weights = dict(zip(names, RECORD["model"].values(), strict=True))
     saved, mapping = RECORD["forms"]["plain"], record_forms.mapping()
@@ -186,7 +186,7 @@ def test_an_optimizer_that_knows_the_names_of_a_wrapped_model():
     prefixed, mapping = saved | {"param_groups": groups}, record_forms.mapping()
     with jax.enable_x64(True):
         params, tx, state = begin(RECORD, "named")
-        with pytest.raises(ValueError, match="names must be as mapping has them, without 'module"):
+        with pytest.raises(ValueError, match="names must be those of mapping, without 'module"):
             convert.from_pytorch(prefixed, params, mapping, tx)
         names = list(RECORD["model"])
         assert_same(convert.from_pytorch(prefixed, params, mapping, tx, names=names), state)
@@ -203,15 +203,15 @@ def test_parameters_called_like_a_wrapper():
     )
     np.testing.assert_array_equal(found["a"], 1)
     np.testing.assert_array_equal(found["b"], 0)
-    with pytest.raises(ValueError, match=r"mapping names \['w'\], of which there are only"):
+    with pytest.raises(ValueError, match=r"mapping names \['w'\], but the source has only"):
         convert.params_from({"submodule.w": np.ones(2)}, {"a": jnp.zeros(2)}, {"a": "w"})
 
 
 def test_a_model_of_two_norms_needs_both():
     weights = RECORD["model"] | {"more.running_mean": np.ones(4), "more.running_var": np.ones(4)}
-    with pytest.raises(ValueError, match=r"mapping names nothing of \['more.running_mean', 'more"):
+    with pytest.raises(ValueError, match=r"mapping has no entry for \['more.running_mean', 'more"):
         stats_from(weights)
-    with pytest.raises(ValueError, match=r"mapping names nothing of \['more.position_ids'\]"):
+    with pytest.raises(ValueError, match=r"mapping has no entry for \['more.position_ids'\]"):
         convert.params_from(
             RECORD["model"] | {"more.position_ids": np.arange(3)},
             begin(RECORD, "plain")[0],

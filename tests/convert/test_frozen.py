@@ -58,7 +58,7 @@ def test_pytorch_keeps_no_state_of_what_never_had_a_gradient():
     found = {NAMES[number]: set(slots) for number, slots in given["state"].items()}
     assert found == {name: {"square_avg", "step"} for name in KEPT}
     assert_same(convert.from_pytorch(given, params, MAPPING, tx, names=NAMES), state)
-    with pytest.raises(ValueError, match=r"mapping names nothing of \['cell.weight', 'flat.wei"):
+    with pytest.raises(ValueError, match=r"mapping has no entry for \['cell.weight', 'flat.wei"):
         convert.from_pytorch(given, params, HEAD, tx, names=NAMES)
 
 
@@ -112,9 +112,9 @@ def test_what_is_refused():
     given = Framework("pytorch").to(state, params)
     with pytest.raises(ValueError, match=r"name every parameter: \['fc/bias'\] are missing"):
         convert.from_pytorch(given, params, {"fc/kernel": HEAD["fc/kernel"]}, tx, names=NAMES)
-    with pytest.raises(ValueError, match=r"mapping names \['more'\], of which params has only"):
+    with pytest.raises(ValueError, match=r"mapping names \['more'\], but params has only"):
         convert.from_pytorch(given, params, MAPPING | {"more": "x"}, tx, names=NAMES)
-    with pytest.raises(ValueError, match=r"mapping names \['other'\], of which there are only"):
+    with pytest.raises(ValueError, match=r"mapping names \['other'\], but the source has only"):
         convert.from_pytorch(given, params, MAPPING | {"fc/bias": "other"}, tx, names=NAMES)
     none = optax.masked(dialects.pytorch(), jax.tree.map(lambda _: False, params))
     with pytest.raises(ValueError, match="tx keeps no state for any parameter"):

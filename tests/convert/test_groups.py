@@ -45,7 +45,7 @@ def test_groups_with_and_without_momentum_need_a_partition_that_has_them_alike()
     with pytest.raises(ValueError, match=r"momentum for '(flat|fc)"):
         convert.from_pytorch(given, params, MAPPING, swapped, names=names)
     other = [group([0]), group([1, 2, 3], momentum=0.9)]
-    with pytest.raises(ValueError, match=r"the state for 'flat.weight' has .*its group wants"):
+    with pytest.raises(ValueError, match=r"the state for 'flat.weight' has .*its group needs"):
         convert.to_pytorch(state, params, MAPPING, tx, param_groups=other, names=names)
 
 
@@ -87,8 +87,8 @@ def test_param_groups_that_lack_a_parameter_or_have_one_more():
     framework = Framework("pytorch")
     params, state = begun(framework.tx, tree())
     for numbers, names, message in (
-        ([0, 1, 2], NAMES[:3], r"mapping names \['fc.bias'\], which no group has"),
-        (range(5), [*NAMES, "more"], "mapping names nothing of 'more'"),
+        ([0, 1, 2], NAMES[:3], r"mapping names \['fc.bias'\], which is in no group"),
+        (range(5), [*NAMES, "more"], "mapping has no entry for 'more'"),
     ):
         with pytest.raises(ValueError, match=message):
             convert.to_pytorch(

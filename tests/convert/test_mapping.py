@@ -206,7 +206,7 @@ def test_a_tree_may_be_one_leaf():
     [
         ({}, r"every parameter: \['a', 'b'\] are missing"),
         ({"a": "x"}, r"every parameter: \['b'\] are missing"),
-        ({"a": "x", "b": "y", "c": "z"}, r"names \['c'\], of which params has only \['a', 'b'\]"),
+        ({"a": "x", "b": "y", "c": "z"}, r"names \['c'\], but params has only \['a', 'b'\]"),
         ({"a": "x", "b": "x"}, "use 'x' once, or each of its parts"),
         ({"a": "x", "b": Leaf("y", also=("x",))}, "use 'x' once"),
         ({"a": Leaf("x", part=(0, 2, 0)), "b": "y"}, "use 'x' once, or each of its parts"),
@@ -219,7 +219,7 @@ def test_a_tree_may_be_one_leaf():
             {"a": Leaf("x", None, (2, 2), (0, 2, 0)), "b": Leaf("x", None, (4, 1), (1, 2, 0))},
             "same",
         ),
-        ({"a": "x", "b": "z"}, r"mapping names \['z'\], of which there are only \['x', 'y'\]"),
+        ({"a": "x", "b": "z"}, r"mapping names \['z'\], but the source has only \['x', 'y'\]"),
         ({"a": "x", "b": Leaf("y", (1, 0))}, r"'y' has shape \(4,\).*does not become \(4,\)"),
         ({"a": "x", "b": Leaf("y", (0,), (-1,))}, r"'y' has shape \(4,\)"),
         ({"a": "x", "b": Leaf("y", None, (3, -1))}, r"'y' has shape \(4,\)"),
@@ -241,13 +241,13 @@ def test_refuses_parts_that_do_not_divide_their_array():
 
 def test_refuses_what_is_not_a_mapping_of_names():
     for value in (None, 1.5, ("x", (1, 0)), True):
-        with pytest.raises(TypeError, match="a Leaf, a name or a number a path, got"):
+        with pytest.raises(TypeError, match="a Leaf, name or number for each path, got"):
             convert.params_from({"x": np.ones(4)}, {"a": np.zeros(4)}, {"a": value})
 
 
 def test_refuses_arrays_that_nothing_is_made_of():
     arrays = {"x": np.ones(4), "y": np.ones(4), "steps": np.ones(())}
-    with pytest.raises(ValueError, match=r"mapping names nothing of \['steps'\]"):
+    with pytest.raises(ValueError, match=r"mapping has no entry for \['steps'\]"):
         convert.params_from(arrays, {"a": np.zeros(4), "b": np.zeros(4)}, {"a": "x", "b": "y"})
 
 

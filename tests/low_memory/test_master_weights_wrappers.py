@@ -334,7 +334,7 @@ def test_what_does_not_fit_is_refused(subtests):
         r"'w'.*int8\[3\] for bits=24, got none": (ValueError, tx.update, p, tx.init(wide), p),
         r"missing \['w'\], unexpected \['v'\]": (AssertionError, tx.update, {"v": 1.0}, state, p),
         r"float32\[2\].*bfloat16\[3\]": (AssertionError, tx.update, {"w": jnp.ones(2)}, state, p),
-        "no master weights in it, got RMSPropState": (ValueError, join, p, state[2]),
+        "contains no master weights, got RMSPropState": (ValueError, join, p, state[2]),
         r"corrections of \['w'\]": (ValueError, join, {"v": p["w"]}, state),
     }
     for message, (error, f, *args) in calls.items():

@@ -166,7 +166,7 @@ def test_a_split_table_on_an_explicit_mesh_is_refused(spec):
         table = jax.device_put(TABLE, NamedSharding(mesh, spec))
         state = rows.init(TX, table)
         message = (
-            r"^table must be whole on an Explicit mesh, got float32\[32.*inside jax.shard_map$"
+            r"^table must be replicated on an Explicit mesh, got float32\[32.*inside jax.shard_map$"
         )
         with pytest.raises(ValueError, match=message):
             rows.update(TX, *BATCHES[0], table, state)

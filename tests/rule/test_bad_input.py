@@ -149,7 +149,7 @@ def test_gradients_must_fit_the_state(change, message, form):
 @pytest.mark.parametrize(
     ("grads", "params", "message"),
     [
-        ((1.0, 2.0), [1.0, 2.0], r"as a whole the gradients have a tuple.*nu has a list of \['0'"),
+        ((1.0, 2.0), [1.0, 2.0], r"at the root the gradients have a tuple.*nu has a list of \['0'"),
         (
             {"a": {"b": (1.0,)}},
             {"a": {"b": [1.0]}},

@@ -166,13 +166,13 @@ def test_parameters_are_asked_for_where_a_wrapper_needs_them():
     with pytest.raises(ValueError, match="params must be given: a wrapper in tx does not work"):
         describe(tx)
     assert describe(tx, params) == PLAIN
-    with pytest.raises(TypeError, match="tx must be an RMSProp of rmsprop_jax or have one in it"):
+    with pytest.raises(TypeError, match="tx must be an RMSProp of rmsprop_jax or contain one"):
         describe(first_alone(optax.sgd(0.1)), params)
 
 
 @pytest.mark.parametrize("tx", [optax.rmsprop(0.1), None, 3, optax.chain(optax.clip(1.0))])
 def test_nothing_to_describe(tx):
-    with pytest.raises(TypeError, match="tx must be an RMSProp of rmsprop_jax or have one in it"):
+    with pytest.raises(TypeError, match="tx must be an RMSProp of rmsprop_jax or contain one"):
         describe(tx)
 
 

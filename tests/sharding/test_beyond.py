@@ -147,7 +147,7 @@ def test_norms_and_means_are_refused(name):
         return tx.update(params, tx.init(params), params)[0]
 
     params = jax.tree.map(lambda x: np.broadcast_to(x, (DEVICES, *x.shape)), PARAMS)
-    with pytest.raises(ValueError, match=r"^tx must look at one number at a time.*a reduce_sum"):
+    with pytest.raises(ValueError, match=r"^tx must treat each element by itself.*a reduce_sum"):
         jax.eval_shape(jax.pmap(step, axis_name="x"), params)
     # Where no leaf is split, all see the whole.
     jax.eval_shape(jax.pmap(step, axis_name="x"), {"whole": params["whole"]})
@@ -170,7 +170,7 @@ def test_a_decision_inside_a_branch_is_refused():
         return tx.update(params, tx.init(params))[0]
 
     params = jax.tree.map(lambda x: np.broadcast_to(x, (DEVICES, *x.shape)), PARAMS)
-    with pytest.raises(ValueError, match=r"^tx must look at one number.*reduce_and"):
+    with pytest.raises(ValueError, match=r"^tx must treat each element.*reduce_and"):
         jax.eval_shape(jax.pmap(step, axis_name="x"), params)
 
 

@@ -215,7 +215,7 @@ def test_cautious_rules_are_refused_wherever_they_are():
     sharding.zero1_mapped(with_init(A, lambda init, p: {n: init(x) for n, x in p.items()}), "data")
     with pytest.raises(ValueError, match="tx must not have zero1 or zero1_mapped inside it"):
         sharding.zero1(of_first(sharding.zero1(A, MESH, "data")), MESH, "data").init(PARAMS)
-    with pytest.raises(TypeError, match="tx must be an RMSProp of rmsprop_jax or have one in it"):
+    with pytest.raises(TypeError, match="tx must be an RMSProp of rmsprop_jax or contain one"):
         sharding.zero1_mapped(optax.sgd(0.1), "data")
 
 
