@@ -1,22 +1,26 @@
-"""Renders the result files: tables into README.md and benchmarks/README.md, charts into pictures/.
+"""Renders the result files: tables into the pages that name them, charts into pictures/.
 
     python benchmarks/report.py
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is that of a result file, or
-`targets`, which are judged as printed, to two decimals. Nothing between the two is written by hand.
-Where there is no such file, it says so.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`. NAME is that of a result file, or
+`targets`, which are judged as printed, to two decimals, or `headline`, a few of them without
+judgement. Nothing between the two marks is written by hand. A missing file is reported.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 import json
 from pathlib import Path
 import re
+import sys
 from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 import numpy as np
 
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+
 from _results import RESULTS, Row, markdown, table
+from drawing import picture
 
 FOLDER = Path(__file__).parent
 EMBEDDINGS = FOLDER.parent / "docs" / "how-to" / "embeddings.md"
@@ -38,6 +42,7 @@ class Target(NamedTuple):
     benchmark: str
     column: str
     rows: Callable[[Row], bool] = lambda _: True
+    headline: bool = False
 
     def row(self) -> Row:
         """What was measured, over all of its rows."""
@@ -66,27 +71,40 @@ def of_networks(row: Row) -> bool:
 
 
 TARGETS = (
-    Target("jitted step, ours / Optax", 1.03, "step", "ours / optax", in_float32),
-    Target("jitted step, ours / PyTorch foreach", 0.45, "step", "ours / torch foreach", in_float32),
-    Target("temporary bytes a parameter, float32 step", 0.0, "step", "temporary, ours", in_float32),
-    Target("update outside jit, small leaves, ours / Optax", 0.2, "eager", "ratio"),
+    Target("jitted step, ours / Optax", 1.03, "step", "ours / optax", in_float32, headline=True),
     Target(
-        "trace and lower a step of networks, ours / Optax", 0.7, "compilation", "ratio", of_networks
+        "jitted step, ours / PyTorch `foreach`",
+        0.45,
+        "step",
+        "ours / torch foreach",
+        in_float32,
+        headline=True,
+    ),
+    Target(
+        "temporary bytes per parameter, float32 step", 0.0, "step", "temporary, ours", in_float32
+    ),
+    Target(
+        "update outside `jit`, small leaves, ours / Optax", 0.2, "eager", "ratio", headline=True
+    ),
+    Target(
+        "trace and lower a network's step, ours / Optax", 0.7, "compilation", "ratio", of_networks
     ),
     Target("the same with `init`", 0.5, "compilation", "ratio, with init", of_networks),
     Target(
-        "compile a step of networks, ours / Optax",
+        "compile a network's step, ours / Optax",
         1.25,
         "compilation",
         "ratio, compile",
         of_networks,
+        headline=True,
     ),
     Target(
-        "state bytes a parameter, `q8`, plain",
+        "bytes of state per parameter, `q8`, plain",
         1.05,
         "memory",
         "state, q8",
         lambda row: row["form"] == "plain",
+        headline=True,
     ),
     Target(
         "step, `q8` / float32, plain",
@@ -94,6 +112,7 @@ TARGETS = (
         "low_memory_step",
         "ratio",
         lambda row: row["storage"] == "q8" and row["form"] == "plain",
+        headline=True,
     ),
 )
 
@@ -101,6 +120,11 @@ TARGETS = (
 def rendered(name: str) -> str:
     if name == "targets":
         return markdown([target.row() for target in TARGETS])
+    if name == "headline":
+        rows = [target.row() for target in TARGETS if target.headline]
+        return markdown(
+            [{name: row[name] for name in ("what", "measured", "command")} for row in rows]
+        )
     if not (RESULTS / f"{name}.json").is_file():
         return "Not measured yet."
     results = load(name)
@@ -112,53 +136,67 @@ def render(text: str) -> str:
     return TABLE.sub(lambda found: f"{found[1]}{rendered(found[2])}\n{found[3]}", text)
 
 
+INSIDE: dict[str, Any] = {"textcoords": "offset points", "ha": "right", "va": "center_baseline"}
+NAMES = {
+    "optax": "Optax",
+    "keras": "Keras",
+    "torch foreach": "PyTorch, foreach",
+    "torch single": "PyTorch, single",
+}
+
+
 def grouped_bars(axes: Any, rows: list[Row], series: dict[str, str]) -> None:
     """Horizontal bars: a group a row, a bar a series, which names a column of the rows."""
-    height = 0.8 / len(series)
-    greys = np.linspace(0.15, 0.75, len(series))
+    height = 0.84 / len(series)
     for i, (label, column) in enumerate(series.items()):
         at = np.arange(len(rows)) + (i - (len(series) - 1) / 2) * height
-        values = [float(row[column]) for row in rows]
-        bars = axes.barh(at, values, height, label=label, color=str(greys[i]))
-        axes.bar_label(bars, [row[column] for row in rows], fontsize="x-small", padding=2)
+        ends = [float(row[column]) for row in rows]
+        axes.barh(at, ends, height, label=label, color=f"C{i}", edgecolor="white")
+        ink = "black" if i in (1, 2) else "white"  # these two colours are light
+        for row, *end in zip(rows, ends, at, strict=True):
+            axes.annotate(row[column], end, (-3, 0), color=ink, **INSIDE)
     axes.set_yticks(range(len(rows)), [row["parameters"] for row in rows])
+    axes.tick_params(axis="y", length=0)
     axes.invert_yaxis()
-    axes.margins(x=0.12)
+    axes.grid(visible=False)
 
 
-def charts() -> Iterator[tuple[str, Figure]]:
-    """Each with the name of its file."""
+def draw_steps(figure: Figure) -> None:
+    """Of every form and every network, the time of our step over that of each library."""
     steps = [row for row in load("step")["rows"] if in_float32(row)]
     libraries = [name.removeprefix("ours / ") for name in steps[0] if name.startswith("ours / ")]
-    figure = Figure(figsize=(10, 4.5), layout="constrained")
     forms = list(dict.fromkeys(row["form"] for row in steps))
     for axes, form in zip(figure.subplots(1, len(forms), sharey=True), forms, strict=True):
         rows = [row for row in steps if row["form"] == form]
-        grouped_bars(axes, rows, {name: f"ours / {name}" for name in libraries})
-        axes.axvline(1, color="black", linewidth=0.8)
-        axes.set(title=form, xlabel="time of our step / theirs")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    yield "step", figure
+        grouped_bars(axes, rows, {NAMES[name]: f"ours / {name}" for name in libraries})
+        axes.axvline(1, color="black", linewidth=1, zorder=0)
+        axes.set(title=form, xlim=(0, 1.2), xticks=(0, 0.5, 1))
+    figure.supxlabel(
+        "time of our step / theirs: a bar shorter than 1 means that ours is faster", size="medium"
+    )
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(libraries))
 
-    held = load("memory")["rows"]
-    kinds = ["optax", "float32", "bfloat16", "q8"]
-    rows = [row | {"parameters": row["form"]} for row in held if row["parameters"] == "ResNet-50"]
-    figure = Figure(figsize=(6, 3.2), layout="constrained")
+
+def draw_memory(figure: Figure) -> None:
+    """Of every form, the bytes of state a parameter in Optax and in each storage of ours."""
+    held = [row for row in load("memory")["rows"] if row["parameters"] == "ResNet-50"]
+    rows = [row | {"parameters": row["form"]} for row in held]
+    kinds = {"Optax": "optax"} | {f"ours, {kind}": kind for kind in ("float32", "bfloat16", "q8")}
     axes = figure.subplots()
-    grouped_bars(axes, rows, {kind: f"state, {kind}" for kind in kinds})
-    axes.set(xlabel="bytes of state a parameter, ResNet-50")
-    axes.legend(fontsize="small")
-    yield "memory", figure
+    grouped_bars(axes, rows, {label: f"state, {kind}" for label, kind in kinds.items()})
+    axes.set(xlabel="bytes of state a parameter, ResNet-50: shorter is less memory")
+    axes.legend()
 
 
 def main() -> None:
     for page in PAGES:
         page.write_text(render(page.read_text()))
         print(f"wrote the tables of {page}")
-    PICTURES.mkdir(exist_ok=True)
-    for name, figure in charts():
-        figure.savefig(PICTURES / f"{name}.png", dpi=110, metadata={"Software": None})
-        print(f"drew {PICTURES / name}.png")
+    for draw, file, height in (draw_steps, "step.png", 6), (draw_memory, "memory.png", 3.6):
+        with picture(PICTURES / file, height) as figure:
+            draw(figure)
+        print(f"drew {PICTURES / file}")
 
 
 if __name__ == "__main__":

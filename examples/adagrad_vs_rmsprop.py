@@ -7,11 +7,14 @@ Both divide a gradient by sqrt(s + eps), so that a parameter moves at the effect
 learning_rate / sqrt(s + eps). In Adagrad s is the sum of all squared gradients and can only grow;
 in RMSProp it is their running mean. A network of one hidden layer learns from 1202 rows. For each
 method the learning rate is chosen from the same list, on seeds that are not used afterwards; then s
-is read from the states of new runs. Prints the losses of the choice, and of the new runs the median
-of the effective rate over the parameters after some steps. Losses are over all rows, those printed
-the mean over the last quarter of the epochs. Draws both. A hidden unit that has fallen silent has
-no gradient: its effective rates stand still in Adagrad, and climb in RMSProp up to
-learning_rate / sqrt(eps) while s decays.
+is read from the states of new runs. Prints the losses of the choice; of the new runs the median of
+the effective rate over all parameters after some steps, and its lowest and highest value from the
+end of the first epoch on. Losses are over all rows, those printed the mean over the last quarter of
+the epochs. Draws both.
+
+A hidden unit that has fallen silent has no gradient. Its effective rates stand still in Adagrad; in
+RMSProp, where s decays, they climb to learning_rate / sqrt(eps). The share of parameters that have
+got there is printed, too. Once it exceeds a quarter, that limit is the upper quartile.
 
 Sources: Duchi, Hazan and Singer, "Adaptive subgradient methods for online learning and stochastic
 optimization", Journal of Machine Learning Research 12, 2011 (Adagrad); Hinton, Srivastava and
@@ -28,12 +31,12 @@ from typing import Any, NamedTuple
 import jax
 from jax import lax
 import jax.numpy as jnp
-from matplotlib.figure import Figure
 import numpy as np
 from numpy.typing import NDArray
 import optax
 from tqdm import tqdm
 
+from drawing import label_ends, picture
 import real_data
 from rmsprop_jax import rmsprop
 
@@ -52,11 +55,11 @@ class Method(NamedTuple):
 
 
 METHODS = {
+    "rmsprop": Method(lambda rate, eps: rmsprop(rate, decay=0.9, eps=eps), "nu"),
     "adagrad": Method(
         lambda rate, eps: optax.adagrad(rate, initial_accumulator_value=0.0, eps=eps),
         "sum_of_squares",
     ),
-    "rmsprop": Method(lambda rate, eps: rmsprop(rate, decay=0.9, eps=eps), "nu"),
 }
 
 
@@ -132,8 +135,9 @@ class Run(NamedTuple):
     """What came of a method.
 
     The late losses at each of RATES, mean over the seeds, and the rate of the lowest. Of the new
-    seeds the late loss, the loss after each epoch and the quantiles of the effective rate, of shape
-    (steps, 3), all of them means over the seeds.
+    seeds the late loss and the loss after each epoch, means over the seeds; the quantiles of the
+    effective rate over the parameters of all of them, of shape (steps, 3); and the share of these
+    parameters whose rate is, at the end, within 1% of its limit: their gradient has become 0.
     """
 
     sweep: list[float]
@@ -141,6 +145,7 @@ class Run(NamedTuple):
     loss: float
     losses: list[float]
     effective: NDArray[np.float64]
+    at_limit: float
 
 
 def late(losses: Any) -> Any:
@@ -166,24 +171,34 @@ def print_tables(runs: dict[str, Run], epochs: int) -> None:
     for name, run in runs.items():
         medians = "".join(f" {run.effective[step - 1, 1]:8.4f}" for step in at)
         print(f"{name:7}{medians}{run.rate:9g}{run.loss:9.4f}")
+    first = next(iter(runs.values())).effective.shape[0] // epochs
+    print(f"\nFrom step {first} on            lowest  highest   at the end at η / √ε")
+    for name, run in runs.items():
+        later = run.effective[first - 1 :, 1]
+        print(f"{name:24}  {later.min():8.4f} {later.max():8.4f}{run.at_limit:23.1%}")
 
 
-def draw(runs: dict[str, Run], out: Path) -> None:
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
-    rates, curves = figure.subplots(1, 2)
-    for (name, run), style in zip(runs.items(), ("--", "-"), strict=True):
-        steps = np.arange(1, len(run.effective) + 1)
-        low, median, high = run.effective.T
-        (line,) = rates.plot(steps, median, style, label=f"{name}, η = {run.rate:g}")
-        rates.fill_between(steps, low, high, alpha=0.2, color=line.get_color(), linewidth=0)
-        curves.plot(range(1, len(run.losses) + 1), run.losses, style, label=name)
-    rates.set(xlabel="step", ylabel="effective learning rate η / √(s + ε)", xscale="log")
-    rates.set(yscale="log")
-    rates.legend(title="median, and half of all parameters")
-    curves.set(xlabel="epoch", ylabel="training loss", ylim=(0, None))
-    curves.legend()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, format="png")
+def draw(runs: dict[str, Run], eps: float, out: Path) -> None:
+    with picture(out, height=3.8) as figure:
+        rates, curves = figure.subplots(1, 2, width_ratios=(3, 2))
+        for name, run in runs.items():
+            steps = np.arange(1, len(run.effective) + 1)
+            low, median, high = run.effective.T
+            (line,) = rates.plot(steps, median, label=f"{name},\nη = {run.rate:g}")
+            color = line.get_color()
+            rates.fill_between(steps, low, high, alpha=0.25, color=color, linewidth=0)
+            if run.at_limit:
+                limit = run.rate / np.sqrt(eps)
+                rates.axhline(limit, color=color, linewidth=1, linestyle=":")
+                label = f"units without a gradient: η / √ε = {limit:g}"
+                place: Any = {"textcoords": "offset points", "ha": "right"}
+                rates.annotate(label, (steps[-1], limit), (0, 3), fontsize=9, **place)
+            curves.plot(range(1, len(run.losses) + 1), run.losses, label=name)
+        rates.set(xlabel="step", ylabel="effective learning rate η / √(s + ε)")
+        rates.set(xscale="log", yscale="log", title="median and middle half of all parameters")
+        label_ends(rates)
+        curves.set(xlabel="epoch", ylabel="training loss", ylim=(0, None))
+        curves.legend()
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Run]:
@@ -221,12 +236,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Run]:
             trained = of_seeds(rate, *new)
             bar.update()
             losses = np.asarray(trained.losses).mean(axis=0)
-            # Quantiles over the parameters, then means over the seeds: of shape (steps, 3).
-            effective = np.quantile(trained.rates, QUANTILES, axis=-1).mean(axis=1)
+            # Of shape (seeds, epochs, steps, parameters).
+            effective = np.quantile(trained.rates, QUANTILES, axis=(0, -1))
             effective = effective.reshape(len(QUANTILES), -1).T
-            runs[name] = Run(sweep, rate, float(late(losses)), losses.tolist(), effective)
+            last, limit = np.asarray(trained.rates[:, -1, -1]), rate / args.eps**0.5
+            at_limit = float(np.mean(last > 0.99 * limit))
+            runs[name] = Run(sweep, rate, float(late(losses)), losses.tolist(), effective, at_limit)
 
-    draw(runs, args.out)
+    draw(runs, args.eps, args.out)
     print_tables(runs, args.epochs)
     print(f"\nCurves in {args.out}")
     return runs

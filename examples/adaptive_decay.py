@@ -29,12 +29,12 @@ from typing import Any, NamedTuple
 import jax
 from jax import lax
 import jax.numpy as jnp
-from matplotlib.figure import Figure
 import numpy as np
 from numpy.typing import NDArray
 import optax
 from tqdm import tqdm
 
+from drawing import picture
 import real_data
 from rmsprop_jax import rmsprop
 
@@ -170,44 +170,45 @@ def print_tables(result: Result) -> None:
 
 
 def draw(result: Result, out: Path) -> None:
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    by_decay, compared = figure.subplots(1, 2)
-    places = np.arange(len(CONSTANTS))
-    for i, rate in enumerate(RATES):
-        for correction, losses in enumerate(result.losses):
-            of_rate = losses[: len(CONSTANTS), i]
-            by_decay.errorbar(
-                places + 0.06 * (i - 1.5),
-                of_rate.mean(axis=-1),
-                of_rate.std(axis=-1, ddof=1),
-                fmt="os^D"[i] + ("--" if correction else "-"),
-                color=f"C{i}",
-                markersize=4,
-                elinewidth=0.7,
-                label=None if correction else f"learning rate {rate:g}",
+    with picture(out, height=6.2) as figure:
+        rows = figure.add_gridspec(2, 2, height_ratios=(4, 3))
+        by_decay = [figure.add_subplot(rows[0, 0])]
+        by_decay.append(figure.add_subplot(rows[0, 1], sharey=by_decay[0]))
+        places = np.arange(len(CONSTANTS))
+        for axes, correction, losses in zip(by_decay, CORRECTIONS, result.losses, strict=True):
+            for i, rate in enumerate(RATES):
+                of_rate = losses[: len(CONSTANTS), i]
+                axes.errorbar(
+                    places + 0.08 * (i - 1.5),
+                    of_rate.mean(axis=-1),
+                    of_rate.std(axis=-1, ddof=1),
+                    marker="os^D"[i],
+                    markersize=4,
+                    elinewidth=1,
+                    label=f"η = {rate:g}",
+                )
+            axes.set_xticks(places, [f"{decay:g}" for decay in CONSTANTS])
+            axes.set(xlabel="constant decay", title=f"{correction.lower()} bias correction")
+        by_decay[0].set(ylabel="training loss, last quarter", ylim=(0, None))
+        by_decay[0].legend(loc="lower left", ncols=2)
+        by_decay[1].tick_params(labelleft=False)
+
+        compared = figure.add_subplot(rows[1, :])
+        for i, (constant, *others) in enumerate(result.compared):
+            away, errors = np.transpose([difference(one, constant) for one in others])
+            compared.errorbar(
+                away,
+                np.arange(len(others)) + 0.25 * i,
+                xerr=errors,
+                fmt="os"[i],
+                capsize=3,
+                label=f"{CORRECTIONS[i].lower()} bias correction, above decay {constant.name}",
             )
-    by_decay.plot([], [], "k--", label="with bias correction")
-    by_decay.set_xticks(places, [f"{decay:g}" for decay in CONSTANTS])
-    by_decay.set(xlabel="constant decay", ylabel="training loss, last quarter", ylim=(0, None))
-    by_decay.legend(fontsize="small", loc="lower left")
-    for i, (constant, *others) in enumerate(result.compared):
-        away, errors = np.transpose([difference(one, constant) for one in others])
-        compared.errorbar(
-            away,
-            np.arange(len(others)) + 0.2 * i,
-            xerr=errors,
-            fmt="os"[i],
-            color=f"C{i}",
-            capsize=3,
-            label=f"{CORRECTIONS[i].lower()} bias correction, from {constant.name}",
-        )
-    compared.axvline(0, color="black", linewidth=1)
-    compared.set_yticks(np.arange(len(others)) + 0.1, [one.name for one in others])
-    compared.set_ylim(len(others), -1.4)
-    compared.set(xlabel="loss above the best constant decay's", ylabel="decay")
-    compared.legend(fontsize="small", loc="upper right")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, format="png")
+        compared.axvline(0, color="black", linewidth=1)
+        compared.set_yticks(np.arange(len(others)) + 0.125, [one.name for one in others])
+        compared.set(xlabel="loss above that of the best constant decay", ylabel="decay")
+        compared.invert_yaxis()
+        compared.legend(loc="lower right")
 
 
 def main(argv: Sequence[str] | None = None) -> Result:

@@ -21,12 +21,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from matplotlib.figure import Figure
 import numpy as np
 from numpy.typing import NDArray
 import optax
 from tqdm import tqdm
 
+from drawing import picture
 import real_data
 from rmsprop_jax import dialects, rmsprop
 
@@ -118,25 +118,23 @@ def differences(result: Result) -> dict[str, list[float]]:
 
 
 def draw(result: Result, out: Path) -> None:
-    figure = Figure(figsize=(8, 3.5), layout="constrained")
-    curves, apart = figure.subplots(1, 2)
-    # The curves lie on each other: each is thinner than the one below it, in dashes of its own.
-    styles = dict(zip(result.losses, ["-", "-", "--", ":"], strict=True))
-    for i, (name, losses) in enumerate(result.losses.items()):
-        width = (7, 4, 2.5, 2.5)[i]
-        curves.plot(result.epochs, losses, styles[name], label=name, color=f"C{i}", linewidth=width)
-    curves.axhline(result.floor, color="black", linewidth=1, label="least squares")
-    curves.set(xlabel="epoch", ylabel="loss (half the mean squared error)")
-    curves.legend()
-    for i, (name, away) in enumerate(differences(result).items(), 1):
-        # Rounding comes and goes: points, and none where the losses are the same number.
-        seen = np.where(np.greater(away, 0), away, np.nan)
-        label, style = ("rmsprop, if not 0", "o") if i == 1 else (name, "x^"[i - 2] + styles[name])
-        apart.plot(result.epochs, seen, style, label=label, color=f"C{i}")
-    apart.set(xlabel="epoch", ylabel=f"difference from the loss {SCRATCH}", yscale="log")
-    apart.legend()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, format="png")
+    with picture(out, height=3.8) as figure:
+        curves, apart = figure.subplots(1, 2)
+        # Nobody can tell the curves apart: the difference is for the other half of the picture.
+        curves.plot(result.epochs, result.losses[SCRATCH], color="black", label="all four methods")
+        level = [result.floor] * len(result.epochs)
+        curves.plot(result.epochs, level, color="0.4", linestyle=":", label="least squares")
+        curves.set(xlabel="epoch", ylabel="loss (half the mean squared error)")
+        curves.legend()
+        for (name, away), style in zip(
+            differences(result).items(), ("o", "s-", "^--"), strict=True
+        ):
+            # Rounding comes and goes: points, and none where the losses are the same number.
+            seen = np.where(np.greater(away, 0), away, np.nan)
+            label = f"{name}, where not 0" if style == "o" else name
+            apart.plot(result.epochs, seen, style, markersize=4, label=label)
+        apart.set(xlabel="epoch", ylabel=f"difference from the loss {SCRATCH}", yscale="log")
+        apart.legend()
 
 
 def main(argv: Sequence[str] | None = None) -> Result:

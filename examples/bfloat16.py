@@ -32,12 +32,12 @@ from flax import nnx
 import jax
 from jax import lax
 import jax.numpy as jnp
-from matplotlib.figure import Figure
 import numpy as np
 from numpy.typing import NDArray
 import optax
 from tqdm import tqdm
 
+from drawing import label_ends, picture
 import real_data
 from rmsprop_jax import low_memory, rmsprop
 
@@ -48,28 +48,27 @@ WIDTH = 1024
 
 
 class Method(NamedTuple):
-    """The dtype of the parameters, a transformation for a learning rate, and how it is drawn."""
+    """The dtype of the parameters, and a transformation for a learning rate."""
 
     dtype: Any
     make: Callable[[Any], optax.GradientTransformation]
-    style: str
 
 
-def with_master_weights(bits: int, style: str, storage: Any = None) -> Method:
+def with_master_weights(bits: int, storage: Any = None) -> Method:
     def make(rate: Any) -> optax.GradientTransformation:
         return low_memory.master_weights(rmsprop(rate, storage=storage), bits)
 
-    return Method(jnp.bfloat16, make, style)
+    return Method(jnp.bfloat16, make)
 
 
 METHODS = {
-    "float32": Method(jnp.float32, rmsprop, "-"),
-    "bfloat16": Method(jnp.bfloat16, rmsprop, "-o"),
-    "master weights of 16 bits": with_master_weights(16, ":^"),
-    "master weights of 24 bits": with_master_weights(24, "--s"),
-    "master weights of 32 bits": with_master_weights(32, "-.v"),
+    "float32": Method(jnp.float32, rmsprop),
+    "bfloat16": Method(jnp.bfloat16, rmsprop),
+    "master weights of 16 bits": with_master_weights(16),
+    "master weights of 24 bits": with_master_weights(24),
+    "master weights of 32 bits": with_master_weights(32),
     # By default q8 leaves out leaves of less than 4096 numbers, which are a part of this network.
-    "24 bits, and state in 8": with_master_weights(24, ":x", low_memory.q8(min_size=WIDTH)),
+    "24 bits, and state in 8": with_master_weights(24, low_memory.q8(min_size=WIDTH)),
 }
 
 
@@ -223,27 +222,24 @@ def print_tables(result: Result) -> None:
 
 
 def draw(result: Result, out: Path) -> None:
-    figure = Figure(figsize=(9.5, 4), layout="constrained")
-    loss, lost = figure.subplots(1, 2)
-    for i, (name, runs) in enumerate(result.runs.items()):
-        steps = EVERY * np.arange(1, len(runs[0].losses) + 1)
-        style = METHODS[name].style
-        # The curves lie on each other: a wide one below, and marks in places of their own.
-        look: dict[str, Any] = {"linewidth": 1.5 if i else 5, "alpha": 1 if i else 0.4}
-        look |= {"markersize": 5, "markevery": (i, len(METHODS)), "color": f"C{i}"}
-        mean = np.mean([run.losses for run in runs], axis=0)
-        loss.plot(steps, mean, style, **look, label=f"{name}: {runs[0].size:.2f}")
-        lost.plot(steps, np.mean([run.lost for run in runs], axis=0), style, **look)
-    reached = [loss for loss in map(last, result.runs.values()) if np.isfinite(loss)]
-    if reached:  # above: the first steps, where the methods hardly differ
-        loss.set_ylim(0.9 * min(reached), 3 * min(reached))
-    loss.set(xlabel="step", ylabel="training loss, mean of the seeds")
-    loss.legend(title="bytes a parameter", fontsize="small")
-    lost.set(xlabel="step", ylabel="share of updates that moved nothing", ylim=(-0.02, 1.02))
-    for axes in (loss, lost):
-        axes.grid(alpha=0.4)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, format="png")
+    with picture(out, height=6) as figure:
+        loss, lost = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+        for i, (name, runs) in enumerate(result.runs.items()):
+            steps = EVERY * np.arange(1, len(runs[0].losses) + 1)
+            # The curves lie on each other: a wide one below, and marks in places of their own.
+            look: dict[str, Any] = {"marker": "ohsv^D"[i], "markevery": (i, len(METHODS))}
+            look |= {"linewidth": 1.4 if i else 5, "alpha": 1 if i else 0.4}
+            losses = np.mean([run.losses for run in runs], axis=0)
+            label = f"{name}: {losses[-1]:.4f}"
+            loss.plot(steps, losses, **look, label=label)
+            lost.plot(steps, np.mean([run.lost for run in runs], axis=0), **look)
+        reached = [loss for loss in map(last, result.runs.values()) if np.isfinite(loss)]
+        if reached:  # above: the first steps, where the methods hardly differ
+            loss.set_ylim(0.9 * min(reached), 3 * min(reached))
+        loss.set(ylabel="training loss, mean of the seeds")
+        label_ends(loss)
+        lost.set(xlabel="step", ylabel="updates that\nmoved nothing", ylim=(-0.02, 1.02))
+        lost.yaxis.set_major_formatter("{x:.0%}")
 
 
 def main(argv: Sequence[str] | None = None) -> Result:

@@ -35,12 +35,12 @@ from flax import nnx
 import jax
 from jax import lax
 import jax.numpy as jnp
-from matplotlib.figure import Figure
 import numpy as np
 from numpy.typing import NDArray
 import optax
 from tqdm import tqdm
 
+from drawing import picture
 import real_data
 from rmsprop_jax import rmsprop
 
@@ -56,23 +56,21 @@ HELD_OUT_STREAMS = 64  # short ones, read side by side
 
 
 class Method(NamedTuple):
-    """A transformation for a learning rate, the rates to choose from, and how it is drawn."""
+    """A transformation for a learning rate, and the rates to choose from."""
 
     make: Callable[[Any], optax.GradientTransformation]
     rates: tuple[float, ...]
-    style: str
 
 
 METHODS = {
-    "rmsprop": Method(lambda rate: rmsprop(rate, decay=0.95), (0.001, 0.003, 0.01, 0.03, 0.1), "-"),
-    "adam": Method(optax.adam, (0.001, 0.003, 0.01, 0.03, 0.1), "--"),
+    "rmsprop": Method(lambda rate: rmsprop(rate, decay=0.95), (0.001, 0.003, 0.01, 0.03, 0.1)),
+    "adam": Method(optax.adam, (0.001, 0.003, 0.01, 0.03, 0.1)),
     # Optax's sum begins at 0.1, far above what squared gradients add up to here: near to SGD.
     "adagrad": Method(
         lambda rate: optax.adagrad(rate, initial_accumulator_value=0.0),
         (0.01, 0.03, 0.1, 0.3, 1.0),
-        ":",
     ),
-    "sgd": Method(optax.sgd, (1.0, 3.0, 10.0, 30.0, 100.0), "-."),
+    "sgd": Method(optax.sgd, (1.0, 3.0, 10.0, 30.0, 100.0)),
 }
 
 
@@ -239,23 +237,20 @@ def print_tables(runs: dict[str, Run], steps: int) -> None:
 
 
 def draw(runs: dict[str, Run], out: Path) -> None:
-    figure = Figure(figsize=(9.5, 4), layout="constrained")
-    curves, choice = figure.subplots(1, 2, sharey=True)
-    for name, run in runs.items():
-        rates, style = METHODS[name].rates, METHODS[name].style
-        steps = EVERY * np.arange(1, run.curves.shape[1] + 1)
-        curves.plot(steps, run.curves.mean(axis=0), style, label=f"{name}, η = {run.rate:g}")
-        choice.plot(rates, run.choice, style, marker="o", label=name)
-    curves.set(xlabel="step", ylabel="validation perplexity")
-    curves.set_title(f"new networks, mean of {len(run.curves)}")
-    curves.legend()
-    choice.set(xlabel="learning rate η", xscale="log", title=f"choice, after {steps[-1]} steps")
-    reached = np.concatenate([run.choice for run in runs.values()])
-    if np.isfinite(reached).any():  # above: runs that diverged
-        best = np.min(reached[np.isfinite(reached)])
-        choice.set_ylim(0.9 * best, 2.5 * best)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, format="png")
+    with picture(out, height=4) as figure:
+        curves, choice = figure.subplots(1, 2, sharey=True)
+        for name, run in runs.items():
+            steps = EVERY * np.arange(1, run.curves.shape[1] + 1)
+            curves.plot(steps, run.curves.mean(axis=0), label=f"{name}, η = {run.rate:g}")
+            choice.plot(METHODS[name].rates, run.choice, marker="o")
+        curves.set(xlabel="step", ylabel="validation perplexity")
+        curves.set_title(f"new networks, mean of {len(run.curves)}")
+        curves.legend()
+        choice.set(xlabel="learning rate η", xscale="log", title=f"choice, after {steps[-1]} steps")
+        reached = np.concatenate([run.choice for run in runs.values()])
+        if np.isfinite(reached).any():  # above: runs that diverged
+            best = np.min(reached[np.isfinite(reached)])
+            choice.set_ylim(0.9 * best, 2.5 * best)
 
 
 def main(argv: Sequence[str] | None = None) -> Figures:

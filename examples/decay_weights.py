@@ -22,10 +22,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from matplotlib.figure import Figure
 import numpy as np
 from numpy.typing import NDArray
 
+from drawing import picture
 from rmsprop_jax import RMSPropState, scale_by_rms
 
 MARKERS = "os^Dv*"
@@ -58,28 +58,25 @@ class Result(NamedTuple):
 
 
 def draw(results: Mapping[float, Result], out: Path) -> None:
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for i, (decay, result) in enumerate(results.items()):
-        color, marker = f"C{i}", MARKERS[i % len(MARKERS)]
-        fine = np.linspace(0, len(result.weights) - 1, 400)
-        axes.plot(fine, formula(decay, fine), color=color, linewidth=1)
-        label = rf"$\gamma$ = {decay:g}"
-        axes.plot(result.weights, marker, color=color, markersize=4, label=label, zorder=3)
-        height = formula(decay, np.array(result.memory))
-        axes.vlines(result.memory, 0, height, color=color, linewidth=2.5)
-        axes.annotate(
-            f"{result.memory:.3g} steps",
-            (result.memory, height),
-            xytext=(8, 14),
-            textcoords="offset points",
-            arrowprops={"arrowstyle": "-", "linewidth": 0.5},
-        )
-    axes.set(xlabel="age $t$ of the gradient, steps", ylabel="weight of its square in $s$")
-    axes.set(xlim=(-0.5, None), ylim=(0, None))
-    axes.legend(title=TITLE)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, format="png")
+    with picture(out, height=4.4) as figure:
+        axes = figure.subplots()
+        for i, (decay, result) in enumerate(results.items()):
+            color, marker = f"C{i}", MARKERS[i % len(MARKERS)]
+            fine = np.linspace(0, len(result.weights) - 1, 400)
+            axes.plot(fine, formula(decay, fine), color=color, linestyle="-", linewidth=1)
+            axes.plot(result.weights, marker, color=color, label=rf"$\gamma$ = {decay:g}", zorder=3)
+            height = formula(decay, np.array(result.memory))
+            axes.vlines(result.memory, 0, height, color=color, linewidth=3)
+            axes.annotate(
+                f"{result.memory:.3g} steps",
+                (result.memory, height),
+                xytext=(8, 14),
+                textcoords="offset points",
+                arrowprops={"arrowstyle": "-", "linewidth": 0.7},
+            )
+        axes.set(xlabel="age $t$ of the gradient, steps", ylabel="weight of its square in $s$")
+        axes.set(xlim=(-0.5, None), ylim=(0, None))
+        axes.legend(title=TITLE)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[float, Result]:

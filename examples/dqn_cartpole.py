@@ -37,11 +37,11 @@ from typing import Any, NamedTuple
 import jax
 from jax import lax
 import jax.numpy as jnp
-from matplotlib.figure import Figure
 import numpy as np
 import optax
 from tqdm import tqdm
 
+from drawing import label_ends, picture
 from rmsprop_jax import recipes
 
 Params = dict[str, jax.Array]
@@ -236,19 +236,18 @@ def print_table(result: Result) -> None:
 
 
 def draw(result: Result, out: Path) -> None:
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    axes = figure.subplots()
-    for agent, returns in enumerate(result.returns):
-        style = ("-", "--", ":", "-.")[agent % 4]
-        axes.plot(result.steps, returns, style, linewidth=1, alpha=0.7, label=f"agent {agent}")
-    axes.plot(result.steps, np.mean(result.returns, axis=0), "k", linewidth=2.5, label="mean")
-    axes.axhline(SOLVED, color="black", linestyle="--", linewidth=1, label=f"solved: {SOLVED}")
-    label = f"mean return of {EPISODES} greedy episodes"
-    axes.set(xlabel="steps of an agent", ylabel=label, ylim=(0, LONGEST * 1.03))
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.legend(fontsize="small", loc="lower right")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, format="png")
+    with picture(out, height=4) as figure:
+        axes = figure.subplots()
+        for agent, returns in enumerate(result.returns):
+            axes.plot(result.steps, returns, linewidth=1.2, label=f"agent {agent}")
+        mean = np.mean(result.returns, axis=0)
+        axes.plot(result.steps, mean, "k-", linewidth=3, label=f"mean: {mean[-1]:.0f}")
+        level = [SOLVED] * len(result.steps)
+        axes.plot(result.steps, level, "-", color="0.5", linewidth=1, label=f"solved: {SOLVED}")
+        label = f"mean return of {EPISODES} greedy episodes"
+        axes.set(xlabel="steps of an agent", ylabel=label, ylim=(0, LONGEST * 1.03))
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        label_ends(axes)
 
 
 def main(argv: Sequence[str] | None = None) -> Result:

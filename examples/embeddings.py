@@ -40,12 +40,12 @@ import zlib
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from matplotlib.figure import Figure
 import numpy as np
 from numpy.typing import NDArray
 import optax
 from tqdm import tqdm
 
+from drawing import label_ends, picture
 import real_data
 from rmsprop_jax import rmsprop, rows
 
@@ -227,15 +227,15 @@ def print_tables(result: Result) -> None:
 
 
 def draw(result: Result, out: Path) -> None:
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    for (name, ms), style in zip(result.ms.items(), ("-o", "--s", ":^"), strict=True):
-        axes.loglog(result.sizes, ms, style, label=name)
-    axes.set(xlabel="rows of a table", ylabel="milliseconds of a step")
-    axes.legend()
-    axes.grid(alpha=0.4)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, format="png")
+    with picture(out, height=4) as figure:
+        axes = figure.subplots()
+        for (name, ms), marker in zip(result.ms.items(), "os^", strict=True):
+            axes.loglog(result.sizes, ms, marker=marker, label=name)
+        axes.set_xticks(result.sizes, [f"{n:,}" for n in result.sizes])
+        axes.xaxis.minorticks_off()
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.set(xlabel="rows of a table", ylabel="milliseconds of a step")
+        label_ends(axes)
 
 
 def main(argv: Sequence[str] | None = None) -> Result:

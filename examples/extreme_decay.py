@@ -27,10 +27,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from matplotlib.figure import Figure
 import numpy as np
 import optax
 
+from drawing import picture
 from rmsprop_jax import rmsprop
 
 START = -2.9
@@ -92,21 +92,21 @@ def compare(rate: float, decay: float, initial_scale: float, eps: float, steps: 
 
 
 def draw(runs: Sequence[Run], out: Path) -> None:
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    distance, position = figure.subplots(1, 2)
-    for i, run in enumerate(runs):
-        start = "" if run.decay < 1 else f", $s_0$ = {run.initial_scale:g}"
-        label = rf"$\gamma$ = {run.decay:g}{start}, $\epsilon$ = {run.eps:g}: {run.step}"
-        look = {"color": f"C{i}", "markersize": 4, "linewidth": 1.2}
-        distance.plot(np.abs(run.x), STYLES[i], label=label, **look)
-        if max(map(abs, run.x)) <= LIMIT:  # of what diverges there would be upright lines
-            position.plot(run.x, STYLES[i], **look)
-    distance.set(yscale="log", ylim=(1e-6, 1e6), xlabel="step", ylabel="distance |x| from 0")
-    position.set(ylim=(-LIMIT, LIMIT), xlabel="step", ylabel="x")
-    position.axhline(0, color="0.8", zorder=0)
-    figure.legend(loc="outside lower center", ncols=2, fontsize="small")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, format="png")
+    with picture(out, height=5) as figure:
+        distance, position = figure.subplots(1, 2)
+        for i, run in enumerate(runs):
+            start = "" if run.decay < 1 else f" from s = {run.initial_scale:g}"
+            label = rf"$\gamma$ = {run.decay:g}{start}, ε = {run.eps:g}: a step of {run.step}"
+            look = {"color": f"C{i}", "markersize": 4}
+            distance.plot(np.abs(run.x), STYLES[i], label=label, **look)
+            if max(map(abs, run.x)) <= LIMIT:  # of what diverges there would be upright lines
+                position.plot(run.x, STYLES[i], **look)
+        distance.set(yscale="log", ylim=(1e-6, 1e6), xlabel="step", ylabel="distance |x| from 0")
+        position.set(xlabel="step", ylabel="x")
+        position.axhline(0, color="0.6", linewidth=1, zorder=0)
+        for axes in (distance, position):
+            axes.locator_params(axis="x", integer=True)
+        figure.legend(loc="outside lower center")
 
 
 def print_table(runs: Sequence[Run], steps: int) -> None:

@@ -22,7 +22,6 @@ Rasul and Vollgraf, "Fashion-MNIST", arXiv:1708.07747, 2017.
 
 import argparse
 from collections.abc import Callable, Sequence
-import itertools
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,12 +29,12 @@ from flax import nnx
 import jax
 from jax import lax
 import jax.numpy as jnp
-from matplotlib.figure import Figure
 import numpy as np
 from numpy.typing import NDArray
 import optax
 from tqdm import tqdm
 
+from drawing import label_ends, picture
 import real_data
 from rmsprop_jax import rmsprop
 
@@ -50,7 +49,13 @@ METHODS: dict[str, Method] = {
     "Adagrad": lambda rate, _: optax.adagrad(rate),
     "SGD": lambda rate, _: optax.sgd(rate),
 }
-STYLES = ("o-", "s--", "^-.", "D:", "v-")
+STYLES: dict[str, dict[str, Any]] = {
+    "RMSProp": {"color": "C0", "linestyle": "-", "marker": "o"},
+    "RMSProp (falling)": {"color": "C5", "linestyle": "--", "marker": "s"},
+    "Adam": {"color": "C1", "linestyle": "--", "marker": "^"},
+    "Adagrad": {"color": "C2", "linestyle": "-.", "marker": "D"},
+    "SGD": {"color": "C3", "linestyle": ":", "marker": "v"},
+}
 RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 CLOSE = 0.01  # of the best accuracy
 
@@ -220,27 +225,27 @@ def print_tables(result: Result) -> None:
 
 
 def draw(result: Result, epochs: int, out: Path) -> None:
-    figure = Figure(figsize=(12, 4), layout="constrained")
-    correct, loss, curves = figure.subplots(1, 3)
-    for (name, of), style in zip(result.sweeps.items(), itertools.cycle(STYLES)):
-        run = result.runs[name]
-        correct.plot(result.rates, of.accuracies.mean(axis=1), style, markersize=4, label=name)
-        loss.plot(result.rates, of.losses.mean(axis=1), style, markersize=4)
-        parts = np.array_split(run.losses, min(10 * epochs, len(run.losses)))
-        ends = np.linspace(0, epochs, len(parts) + 1)[1:]
-        label = f"{name}: {run.rate:g}, {run.test_accuracy:.4f}"
-        curves.plot(ends, [part.mean() for part in parts], style, markersize=4, label=label)
-    correct.set(ylabel="MLP, accuracy on held-out pictures", ylim=(0.6, 0.9))
-    loss.set(ylabel="MLP, loss on held-out pictures", ylim=(0.3, 1.2))
-    for axes in (correct, loss):
-        axes.set(xscale="log", xlabel="learning rate")
-    curves.set(xlabel="epoch", ylabel="CNN, training loss", ylim=(0, 1))
-    curves.legend(title="learning rate, test accuracy", fontsize="small")
-    for axes in (correct, loss, curves):
-        axes.grid(alpha=0.4)
-    figure.legend(*correct.get_legend_handles_labels(), loc="outside upper center", ncols=5)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, format="png")
+    with picture(out, height=7) as figure:
+        halves = figure.add_gridspec(2)
+        above, below = figure.add_subfigure(halves[0]), figure.add_subfigure(halves[1])
+        correct, loss = above.subplots(1, 2)
+        curves = below.subplots()
+        for name, of in result.sweeps.items():
+            run, look = result.runs[name], STYLES[name]
+            correct.plot(result.rates, of.accuracies.mean(axis=1), **look, label=name)
+            loss.plot(result.rates, of.losses.mean(axis=1), **look)
+            parts = np.array_split(run.losses, min(10 * epochs, len(run.losses)))
+            ends = np.linspace(0, epochs, len(parts) + 1)[1:]
+            label = f"{name}: {run.test_accuracy:.4f}"
+            curves.plot(ends, [part.mean() for part in parts], **look, label=label)
+        correct.set(ylabel="MLP, accuracy on held-out pictures", ylim=(0.6, 0.9))
+        loss.set(ylabel="MLP, loss on held-out pictures", ylim=(0.3, 1.2))
+        for axes in (correct, loss):
+            axes.set(xscale="log", xlabel="learning rate η")
+        curves.set(xlabel="epoch", ylabel="CNN, training loss", ylim=(0, 1))
+        curves.set_title("at the best rate of each method, with the test accuracy")
+        label_ends(curves)
+        above.legend(*correct.get_legend_handles_labels(), loc="outside upper center", ncols=5)
 
 
 def main(argv: Sequence[str] | None = None) -> Result:

@@ -5,18 +5,24 @@
 
 The devices are the accelerators present or, without any, virtual devices of the CPU; with
 JAX_PLATFORMS=cpu they are virtual in any case. A network in Flax NNX goes each way from the same
-start over the same batches. Prints how many bytes one device holds, some losses and the accuracy on
-test pictures, draws bytes and losses, and ends with the largest difference of a loss from that on
-one device alone. Each way adds in an order of its own, so they differ by rounding: with the default
-flags by some 3e-7; in runs of a thousand steps the differences grow.
+start over the same batches. Prints how many bytes one device holds, some losses on one device alone
+and how far those of each way are from them, and the accuracy on test pictures; ends with the
+largest difference of all. Draws the bytes and the differences. Several devices add in another order
+than one, so the losses differ by rounding: with the default flags by some 4e-7; in runs of a
+thousand steps the differences grow.
 """
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 import contextlib
 import functools
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
+
+# Read when jax is imported. Virtual devices wait for each other, each in a thread of its own; left
+# to itself, jax starts no more threads than there are cores, and a step on more devices can hang.
+os.environ.setdefault("NPROC", "32")
 
 from flax import nnx
 import jax
@@ -24,11 +30,11 @@ from jax import lax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from matplotlib.figure import Figure
 import numpy as np
 import optax
 from tqdm import tqdm
 
+from drawing import picture
 import real_data
 from rmsprop_jax import rmsprop, sharding
 
@@ -174,32 +180,51 @@ class Result(NamedTuple):
     accuracy: float
 
 
+def differences(results: Mapping[str, Result]) -> dict[str, np.ndarray]:
+    """By how much the loss of each step is above that on one device."""
+    one = results["one"].losses
+    return {name: np.subtract(result.losses, one) for name, result in results.items()}
+
+
 def print_table(results: Mapping[str, Result], steps: int) -> None:
     at = sorted({1, (steps + 1) // 2, steps})
-    print(f"{'':9}  {'bytes on one device':>22}  loss of step")
+    print(f"{'':9}  {'bytes on one device':>22}  loss of step; of other ways its difference")
     columns = "".join(f"{step:11}" for step in at)
     print(f"{'way':9}  {'parameters':>10}  {'state':>10}{columns}  accuracy")
+    away = differences(results)
     for name, result in results.items():
         held = f"{result.param_bytes:10,}  {result.state_bytes:10,}"
-        losses = "".join(f"{result.losses[step - 1]:11.7f}" for step in at)
+        if name == "one":
+            losses = "".join(f"{result.losses[step - 1]:11.7f}" for step in at)
+        else:
+            losses = "".join(f"{away[name][step - 1]:+11.1e}" for step in at)
         print(f"{name:9}  {held}{losses}{result.accuracy:10.2%}")
 
 
 def draw(results: Mapping[str, Result], out: Path) -> None:
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    memory, curves = figure.subplots(1, 2)
-    params, state = (np.array([result[i] for result in results.values()]) / 1e6 for i in (0, 1))
-    memory.bar(list(results), params, label="parameters")
-    memory.bar(list(results), state, bottom=params, label="state")
-    memory.set(ylabel="megabytes on one device")
-    memory.legend()
-    for i, (name, result) in enumerate(results.items()):
-        # The curves lie on each other, thin on thick.
-        curves.plot(result.losses, label=name, linewidth=1 + len(results) - i)
-    curves.set(xlabel="step", ylabel="loss", ylim=(0, None))
-    curves.legend()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, format="png")
+    with picture(out, height=4) as figure:
+        axes = figure.subplot_mosaic([["memory", "loss"], ["memory", "away"]])
+        memory, loss, away = axes.values()
+        params, state = (np.array([result[i] for result in results.values()]) / 1e6 for i in (0, 1))
+        memory.barh(list(results), params, label="parameters")
+        bars = memory.barh(list(results), state, left=params, label="state")
+        memory.bar_label(bars, [f"{total:.2f}" for total in params + state], padding=3)
+        memory.set(xlabel="megabytes on one device", xlim=(0, 1.2 * (params + state).max()))
+        memory.invert_yaxis()
+        memory.grid(visible=False, axis="y")
+        memory.legend(loc="lower right")
+        steps = np.arange(1, len(results["one"].losses) + 1)
+        loss.plot(steps, results["one"].losses, "k-")
+        loss.set(ylabel="loss on one device", ylim=(0, None))
+        alike: dict[tuple[float, ...], list[str]] = {}
+        for name, difference in differences(results).items():
+            if name != "one":
+                alike.setdefault(tuple(difference), []).append(name)
+        for values, ways in alike.items():
+            away.plot(steps, 1e7 * np.array(values), ".", markersize=3, label=", ".join(ways))
+        away.set(xlabel="step", ylabel="difference / 10⁻⁷")
+        if alike:  # else there is only one
+            away.legend(loc="lower left", bbox_to_anchor=(0, 1), markerscale=3)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Result]:
@@ -250,7 +275,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Result]:
         for rows in tqdm(batches, desc=f"{name:9}", unit="step"):
             batch = pictures.images[rows], pictures.labels[rows]
             # Steps overlap unless waited for, and virtual devices on few cores then wait for each
-            # other for ever. The variable NPROC=32, set before Python starts, helps as well.
+            # other for ever, as they do with too few threads.
             params, state, value = jax.block_until_ready(train_step(params, state, *batch))
             losses.append(float(value))
         # Those of pmap have an axis of devices before their own.
@@ -263,7 +288,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Result]:
     draw(results, args.out)
     print(f"{n} devices ({devices[0].device_kind}), {args.steps} steps of {args.batch} pictures\n")
     print_table(results, args.steps)
-    away = max(np.abs(np.subtract(r.losses, results["one"].losses)).max() for r in results.values())
+    away = np.abs(list(differences(results).values())).max()
     print(f"\nLosses at most {away:.1e} from those of one device, picture in {args.out}")
     return results
 

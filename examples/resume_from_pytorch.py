@@ -20,11 +20,11 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from matplotlib.figure import Figure
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from drawing import picture
 from rmsprop_jax import convert, dialects
 
 Rows = NDArray[np.float32]
@@ -111,16 +111,14 @@ def train(checkpoint: Checkpoint, x: Rows, y: Rows, epochs: int) -> list[float]:
 
 
 def draw(theirs: Sequence[float], ours: Sequence[float], out: Path) -> None:
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    epochs = range(1, len(theirs) + 1)
-    axes.plot(epochs, theirs, color="0.7", linewidth=4, label="PyTorch")
-    axes.plot(epochs[-len(ours) :], ours, marker=".", label="resumed in JAX")
-    axes.set(xlabel="epoch", ylabel="mean squared error", ylim=(0, None))
-    axes.locator_params(axis="x", integer=True)
-    axes.legend()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, format="png")
+    with picture(out, height=4) as figure:
+        axes = figure.subplots()
+        epochs = range(1, len(theirs) + 1)
+        axes.plot(epochs, theirs, color="0.7", linestyle="-", linewidth=5, label="PyTorch")
+        axes.plot(epochs[-len(ours) :], ours, color="C0", marker="o", label="resumed in JAX")
+        axes.set(xlabel="epoch", ylabel="mean squared error", ylim=(0, None))
+        axes.locator_params(axis="x", integer=True)
+        axes.legend()
 
 
 def print_table(theirs: Sequence[float], ours: Sequence[float]) -> None:

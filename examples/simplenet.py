@@ -3,9 +3,10 @@
     python examples/simplenet.py                   # 100 random samples, as a full batch
     python examples/simplenet.py --data airfoil    # 1503 measurements of wing noise, in batches
 
-Prints the loss of each epoch, as `Epoch [1/10], Loss: 1.3661`, draws them as a curve, and ends
-with the fall of the loss or, on real data, with the loss on the rows held out. The whole step
-(loss, gradients, update) is one compiled function, which reuses the memory of what it replaces.
+Prints the loss of each epoch, as `Epoch [1/10], Loss: 1.3661`, and ends with the fall of the loss
+or, on real data, with the loss on the rows held out. Draws the losses; on real data also those on
+the rows held out, beside that of a linear model. The whole step (loss, gradients, update) is one
+compiled function, which reuses the memory of what it replaces.
 """
 
 import argparse
@@ -17,11 +18,11 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from matplotlib.figure import Figure
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from drawing import label_ends, picture
 import real_data
 from rmsprop_jax import rmsprop
 
@@ -53,17 +54,26 @@ def train_step(model: SimpleNet, optimizer: nnx.Optimizer, x: ArrayLike, y: Arra
 
 
 def train(
-    model: SimpleNet, optimizer: nnx.Optimizer, x: Rows, y: Rows, epochs: int, batch: int, seed: int
-) -> list[float]:
-    """The mean loss of each epoch."""
+    model: SimpleNet,
+    optimizer: nnx.Optimizer,
+    x: Rows,
+    y: Rows,
+    epochs: int,
+    batch: int,
+    seed: int,
+    held_out: tuple[Rows, Rows] | None = None,
+) -> tuple[list[float], list[float]]:
+    """The mean loss of each epoch, and the loss after it on the rows held out, if there are any."""
     rng = np.random.default_rng(seed)
-    losses = []
+    losses, test_losses = [], []
     # A full batch is over before a bar is drawn.
     for epoch in tqdm(range(epochs), unit="epoch", disable=batch == len(x)):
         steps = [train_step(model, optimizer, *rows) for rows in batches(x, y, batch, rng)]
         losses.append(float(np.mean(steps)))
+        if held_out is not None:
+            test_losses.append(float(mse(model, *held_out)))
         tqdm.write(f"Epoch [{epoch + 1}/{epochs}], Loss: {losses[-1]:.4f}")
-    return losses
+    return losses, test_losses
 
 
 def batches(x: Rows, y: Rows, size: int, rng: np.random.Generator) -> Iterator[tuple[Rows, Rows]]:
@@ -96,20 +106,30 @@ def linear_loss(x: Rows, y: Rows, x_test: Rows, y_test: Rows) -> float:
     return float(np.mean((x_test @ slopes - y_test) ** 2))
 
 
-def draw(losses: Sequence[float], out: Path) -> None:
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(range(1, len(losses) + 1), losses, marker=".")
-    axes.set(xlabel="epoch", ylabel="mean squared error", ylim=(0, None))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, format="png")
-
-
 class Result(NamedTuple):
-    """What main measured; there is a test loss on real data only."""
+    """What main measured of each epoch; there are test losses on real data only."""
 
     losses: list[float]
-    test_loss: float | None
+    test_losses: list[float]
+
+
+def draw(result: Result, line: float | None, out: Path) -> None:
+    """With the test loss of a straight line, if there is one."""
+    with picture(out, height=4) as figure:
+        axes = figure.subplots()
+        epochs = range(1, len(result.losses) + 1)
+        axes.plot(epochs, result.losses, marker="o", label="training loss")
+        if line is not None:
+            last = result.test_losses[-1]
+            axes.plot(epochs, result.test_losses, marker="s", label=f"test loss: {last:.3f}")
+            level = [line] * len(epochs)
+            axes.plot(epochs, level, "k:", label=f"test loss of\na linear model: {line:.3f}")
+            axes.set(ylabel="mean squared error / variance")
+        else:
+            axes.set(ylabel="mean squared error")
+        axes.set(xlabel="epoch", ylim=(0, None))
+        axes.locator_params(axis="x", integer=True)
+        label_ends(axes)
 
 
 def main(argv: Sequence[str] | None = None) -> Result:
@@ -127,8 +147,10 @@ def main(argv: Sequence[str] | None = None) -> Result:
     parser.add_argument("--out", type=Path, default=Path("out/simplenet.png"))
     args = parser.parse_args(argv)
 
+    held_out, line = None, None
     if args.data == "airfoil":
         x, y, x_test, y_test = airfoil(args.seed)
+        held_out, line = (x_test, y_test), linear_loss(x, y, x_test, y_test)
     else:
         x, y = random_samples(args.seed)
     model = SimpleNet(x.shape[1], nnx.Rngs(args.seed))
@@ -140,18 +162,17 @@ def main(argv: Sequence[str] | None = None) -> Result:
     if args.epochs < 1 or not 1 <= batch <= len(x):
         parser.error(f"--epochs must be at least 1, --batch from 1 to {len(x)}")
 
-    losses = train(model, optimizer, x, y, args.epochs, batch, args.seed)
-    draw(losses, args.out)
-    if args.data == "random":
+    result = Result(*train(model, optimizer, x, y, args.epochs, batch, args.seed, held_out))
+    draw(result, line, args.out)
+    if held_out is None:
+        losses = result.losses
         print(f"Loss {losses[0]:.4f} -> {losses[-1]:.4f}, curve in {args.out}")
-        return Result(losses, None)
-    test_loss = float(mse(model, x_test, y_test))
-    line = linear_loss(x, y, x_test, y_test)
-    print(
-        f"Test loss {test_loss:.4f} on {len(x_test)} rows held out, "
-        f"{line:.4f} by a straight line, curve in {args.out}"
-    )
-    return Result(losses, test_loss)
+    else:
+        print(
+            f"Test loss {result.test_losses[-1]:.4f} on {len(held_out[0])} rows held out, "
+            f"{line:.4f} by a straight line, curves in {args.out}"
+        )
+    return result
 
 
 if __name__ == "__main__":

@@ -24,12 +24,12 @@ from typing import NamedTuple
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from matplotlib.figure import Figure
 import numpy as np
 from numpy.typing import NDArray
 import optax
 from tqdm import tqdm
 
+from drawing import label_ends, picture
 import real_data
 from rmsprop_jax import rmsprop
 
@@ -39,6 +39,7 @@ RATE = 8000  # samples a second
 LENGTH = 8192  # samples; 99% of the recordings are shorter
 WINDOW, HOP = 256, 128  # samples
 BANDS = 32
+TICKS = (1, 2, 5, 10, 20, 50, 100)  # %
 
 
 def mel_filters() -> Array:
@@ -148,33 +149,36 @@ def train(
 
 
 def draw(pictures: Pictures, runs: Sequence[Run], out: Path) -> None:
-    figure = Figure(figsize=(10, 6), layout="constrained")
-    halves = figure.add_gridspec(2, height_ratios=(2, 3))
-    above, below = figure.add_subfigure(halves[0]), figure.add_subfigure(halves[1])
-    for digit, axes in enumerate(above.subplots(2, 5, sharex=True, sharey=True).flat):
-        axes.imshow(
-            pictures.x_test[jnp.argmax(pictures.y_test == digit)].T,  # the first one
-            origin="lower",
-            aspect="auto",
-            extent=(0, LENGTH / RATE, 0.5, BANDS + 0.5),
-            vmin=pictures.x_test.min(),
-            vmax=pictures.x_test.max(),
-        )
-        axes.set_title(digit, fontsize="small")
-    above.supxlabel("seconds", fontsize="small")
-    above.supylabel("mel band", fontsize="small")
-    loss, correct = below.subplots(1, 2)
-    for seed, run in enumerate(runs):
-        epochs = range(1, len(run.losses) + 1)
-        style = ("-", "--", ":", "-.")[seed % 4]
-        loss.semilogy(epochs, run.losses, style, label=f"seed {seed}")
-        correct.plot(epochs, run.accuracies, style)
-    loss.set(xlabel="epoch", ylabel="training loss")
-    loss.legend()
-    correct.set(xlabel="epoch", ylabel="test accuracy", ylim=(0, 1))
-    correct.grid(axis="y")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, format="png")
+    with picture(out, height=5.8) as figure:
+        halves = figure.add_gridspec(2, height_ratios=(2, 3))
+        above, below = figure.add_subfigure(halves[0]), figure.add_subfigure(halves[1])
+        for digit, axes in enumerate(above.subplots(2, 5, sharex=True, sharey=True).flat):
+            axes.imshow(
+                pictures.x_test[jnp.argmax(pictures.y_test == digit)].T,  # the first one
+                origin="lower",
+                aspect="auto",
+                extent=(0, LENGTH / RATE, 0.5, BANDS + 0.5),
+                vmin=pictures.x_test.min(),
+                vmax=pictures.x_test.max(),
+            )
+            axes.grid(visible=False)
+            axes.text(
+                0.94, 0.9, digit, color="white", ha="right", va="top", transform=axes.transAxes
+            )
+        above.supxlabel("seconds", fontsize="medium")
+        above.supylabel("mel band", fontsize="medium")
+        loss, wrong = below.subplots(1, 2)
+        for seed, run in enumerate(runs):
+            epochs = range(1, len(run.losses) + 1)
+            loss.semilogy(epochs, run.losses)
+            last = 100 * (1 - run.accuracies[-1])
+            label = f"seed {seed}: {last:.1f}%"
+            wrong.semilogy(epochs, 100 * (1 - np.array(run.accuracies)), label=label)
+        loss.set(xlabel="epoch", ylabel="training loss")
+        wrong.set(xlabel="epoch", ylabel="test error")
+        wrong.set_yticks(TICKS, [f"{tick}%" for tick in TICKS])
+        wrong.minorticks_off()
+        label_ends(wrong)
 
 
 def main(argv: Sequence[str] | None = None) -> list[Run]:

@@ -32,11 +32,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 import numpy as np
 from numpy.typing import NDArray
 import optax
 
+from drawing import picture
 from rmsprop_jax import rmsprop
 
 Points = NDArray[np.float64]
@@ -51,10 +51,10 @@ OTHERS: dict[str, Rule] = {
     "Adam": optax.adam,
 }
 STYLES = {
-    "RMSProp": ("o-", "black"),
-    "Adagrad": ("^--", "tab:orange"),
-    "momentum 0.5": ("s:", "tab:blue"),
-    "Adam": ("D-.", "tab:green"),
+    "RMSProp": "C0o-",
+    "Adagrad": "C2D-.",
+    "momentum 0.5": "C3s:",
+    "Adam": "C1^--",
 }
 
 
@@ -127,25 +127,23 @@ def draw_paths(axes: Axes, loss: Loss, runs: dict[str, Run]) -> None:
     (left, bottom), (right, top) = points.min(axis=0) - 0.5, points.max(axis=0) + 0.5
     x1, x2 = np.meshgrid(np.linspace(left, right, 200), np.linspace(bottom, top, 200))
     heights = np.asarray(loss(jnp.stack([x1, x2])))
-    axes.contour(x1, x2, heights, levels=2.0 ** np.arange(-4, 9), colors="0.8", linewidths=0.8)
+    axes.contour(x1, x2, heights, levels=2.0 ** np.arange(-4, 9), colors="0.85", linewidths=0.8)
     for name, run in runs.items():
-        style, color = STYLES[name]
-        label = f"{name}, η = {run.rate:g}"
-        axes.plot(*run.path.T, style, color=color, label=label, markersize=4, linewidth=1.2)
-    axes.plot(0, 0, "+", color="black", markersize=14)
+        label, above = f"{name}, η = {run.rate:g}", 3 if name == "RMSProp" else 2
+        axes.plot(*run.path.T, STYLES[name], label=label, markersize=4, linewidth=1.2, zorder=above)
+    axes.plot(0, 0, "k+", markersize=14)
     axes.set(xlabel="x₁", ylabel="x₂", aspect="equal")
-    axes.legend(loc="upper left", fontsize="small", framealpha=1)
+    axes.grid(visible=False)
+    axes.legend(loc="upper left", frameon=True, framealpha=1, edgecolor="none")
 
 
 def draw(result: Result, out: Path) -> None:
-    figure = Figure(figsize=(8, 4.1), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    draw_paths(left, straight, result.straight.runs)
-    left.set_title("0.1 x₁² + 2 x₂²")
-    draw_paths(right, rotated, result.rotated.runs)
-    right.set_title("0.1 (x₁ + x₂)² + 2 (x₁ - x₂)²")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, format="png")
+    with picture(out, height=4) as figure:
+        left, right = figure.subplots(1, 2)
+        draw_paths(left, straight, result.straight.runs)
+        left.set_title("0.1 x₁² + 2 x₂²")
+        draw_paths(right, rotated, result.rotated.runs)
+        right.set_title("0.1 (x₁ + x₂)² + 2 (x₁ - x₂)²")
 
 
 def print_table(result: Result, steps: int) -> None:

@@ -23,6 +23,7 @@ import low_memory_step
 import many_leaves
 import memory
 import on_gpu
+from pictures import assert_picture
 import reference
 import report
 from rmsprop_jax import rmsprop
@@ -203,16 +204,26 @@ def test_every_benchmark_is_tested_and_on_the_page():
     assert scripts == {one.__name__ for one in BENCHMARKS} | elsewhere
     page = report.PAGES[1].read_text()
     names = sorted(name for _, name, _ in report.TABLE.findall(page))
-    assert names == sorted(scripts | {*ON_GPU})
+    assert names == sorted(scripts | {*ON_GPU, "targets"})
 
 
-@pytest.mark.parametrize("page", report.PAGES, ids=lambda page: page.parent.name)
+@pytest.mark.parametrize("page", report.PAGES, ids=lambda page: f"{page.parent.name}/{page.name}")
 def test_a_page_is_rendered(page):
     text = page.read_text()
     assert "<!-- table: " in text
     assert report.render(text) == text
     for picture in re.findall(r"\((?:benchmarks/)?pictures/(step|memory)\.png\)", text):
         assert (report.PICTURES / f"{picture}.png").is_file()
+
+
+def test_the_pictures_are_drawn_from_the_results(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "PAGES", ())
+    monkeypatch.setattr(report, "PICTURES", tmp_path / "new")
+    report.main()
+    drawn = sorted(tmp_path.glob("new/*"))
+    assert [file.name for file in drawn] == ["memory.png", "step.png"]
+    for file in drawn:
+        assert_picture(file)
 
 
 def test_a_table_is_replaced_and_nothing_else(tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ import adagrad_vs_rmsprop
 import adaptive_decay
 import airfoil
 from helpers import like_airfoil
+from pictures import assert_picture
 
 EXAMPLES = {
     airfoil: [],
@@ -33,10 +34,6 @@ def find_data(folder, monkeypatch):
 @pytest.fixture
 def data(tmp_path, monkeypatch):
     find_data(tmp_path, monkeypatch)
-
-
-def assert_png(file):
-    assert file.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
 @pytest.mark.parametrize("flag", [["--epochs", "0"], ["--batch", "0"], ["--batch", "1503"]])
@@ -141,7 +138,7 @@ def test_regression_prints_what_it_returns(regression):
         away = max(abs(a - b) for a, b in zip(result.losses[name], first, strict=True))
         assert line.split() == [name, f"{result.losses[name][-1]:.5f}", f"{away:.1e}"]
     assert lines[5].split() == ["least", "squares", f"{result.floor:.5f}"]
-    assert_png(out)
+    assert_picture(out)
 
 
 @pytest.mark.slow
@@ -260,7 +257,7 @@ def test_what_is_chosen_on_one_half_of_the_seeds_is_reported_on_the_other():
 def test_adaptive_decay_prints_what_it_returns(data, tmp_path, capsys):
     out = tmp_path / "new" / "curves.png"
     result = adaptive_decay.main([*EXAMPLES[adaptive_decay], "--out", str(out)])
-    assert_png(out)
+    assert_picture(out)
     assert result.losses.shape == (2, 12, 4, 4)
     assert (np.ptp(result.losses[0, :8], axis=0) > 0).all()  # uncorrected, the decay matters
     # The plain mean needs no correction: the sum of its weights is 1.
@@ -310,18 +307,30 @@ def test_the_effective_rate_is_the_factor_of_the_gradient(name):
 def test_adagrad_vs_rmsprop_prints_what_it_returns(data, tmp_path, capsys):
     out = tmp_path / "new" / "curves.png"
     runs = adagrad_vs_rmsprop.main([*EXAMPLES[adagrad_vs_rmsprop], "--out", str(out)])
-    assert_png(out)
+    assert_picture(out)
     lines = capsys.readouterr().out.splitlines()
     steps = len(runs["adagrad"].effective)
     at = [1, steps // 2, steps]
     assert lines[6].split() == [*map(str, at), "chosen", "loss"]
+    assert lines[10].startswith(f"From step {steps // 2} on ")
     for i, (name, run) in enumerate(runs.items()):
         assert run.rate == adagrad_vs_rmsprop.RATES[np.argmin(run.sweep)]
         assert lines[2 + i].split() == [name, *(f"{loss:.4f}" for loss in run.sweep)]
         medians = [f"{run.effective[step - 1, 1]:.4f}" for step in at]
         assert lines[7 + i].split() == [name, *medians, f"{run.rate:g}", f"{run.loss:.4f}"]
         assert run.loss == pytest.approx(run.losses[-1])  # a quarter of two epochs is the last
+        later = run.effective[steps // 2 - 1 :, 1]  # from the end of the first of two epochs
+        figures = [f"{later.min():.4f}", f"{later.max():.4f}", f"{run.at_limit:.1%}"]
+        assert lines[11 + i].split() == [name, *figures]
         assert len({*run.sweep}) == len(run.sweep)  # the learning rate matters
     # A sum of squares never falls, so no effective rate of Adagrad's ever rises.
     assert (np.diff(runs["adagrad"].effective, axis=0) <= 0).all()
     assert (np.diff(runs["rmsprop"].effective[:, 1]) > 0).any()
+
+
+def test_parameters_without_a_gradient_reach_the_limit_of_the_rate(data, tmp_path):
+    """Against so large an eps no square counts."""
+    flags = [*EXAMPLES[adagrad_vs_rmsprop], "--eps", "1e6", "--out", str(tmp_path / "curves.png")]
+    for run in adagrad_vs_rmsprop.main(flags).values():
+        assert run.at_limit == 1
+        np.testing.assert_allclose(run.effective, run.rate / 1e3, rtol=1e-2)

@@ -12,6 +12,7 @@ import pytest
 
 import bfloat16
 from helpers import like_airfoil
+from pictures import assert_picture
 
 REAL = bool(os.environ.get("RMSPROP_JAX_DATA"))
 NAMES = list(bfloat16.METHODS)
@@ -172,7 +173,7 @@ def test_main_prints_what_it_returns(steps, data, tmp_path, monkeypatch, capsys)
     out = tmp_path / "new" / "curves.png"
     flags = ["--steps", str(steps), "--seeds", "2", "--rates", "1e30", "3e-3", "1e-4"]
     result = bfloat16.main([*flags, "--out", str(out)])
-    assert out.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert_picture(out)
     assert list(result.choice) == [1e-4, 3e-3, 1e30]
     assert not np.isfinite(result.choice[1e30])
     assert result.rate == 3e-3
@@ -209,7 +210,7 @@ def test_runs_that_diverged_can_be_drawn_and_printed(tmp_path, capsys):
     result = bfloat16.Result({1.0: np.nan}, 1.0, {name: [run] for name in NAMES})
     bfloat16.draw(result, tmp_path / "png")
     bfloat16.print_tables(result)
-    assert (tmp_path / "png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert_picture(tmp_path / "png")
     assert "nan" in capsys.readouterr().out
 
 

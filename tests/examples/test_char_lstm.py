@@ -13,6 +13,7 @@ import optax
 import pytest
 
 import char_lstm
+from pictures import assert_picture
 import real_data
 
 REAL = bool(os.environ.get("RMSPROP_JAX_DATA"))
@@ -268,7 +269,7 @@ def test_main_prints_what_it_returns(names, text, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(char_lstm, "METHODS", methods)
     out = tmp_path / "new" / "curves.png"
     runs, written = char_lstm.main([*TINY, "--out", str(out)])
-    assert out.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert_picture(out)
     printed = capsys.readouterr().out
     tables, _, end = printed.partition("\n\nBy rmsprop's first new network, at temperature 0.7:")
     assert end == f"\n\n{written}\n\nCurves in {out}\n"
@@ -324,7 +325,7 @@ def test_learning_rates_are_constant_or_fall_along_a_cosine(cosine, text, tmp_pa
         return [(net, 0.0)]
 
     monkeypatch.setattr(char_lstm, "train", record)
-    method = char_lstm.Method(optax.sgd, (1.0, 0.1), "-")
+    method = char_lstm.Method(optax.sgd, (1.0, 0.1))
     monkeypatch.setattr(char_lstm, "METHODS", {"rmsprop": method})
     flags = [*TINY, "--seeds", "1", "--out", str(tmp_path / "png")]
     char_lstm.main(flags + ["--cosine"] * cosine)
@@ -342,7 +343,7 @@ def test_runs_that_diverged_can_be_drawn_and_printed(values, tmp_path, capsys):
     runs = dict.fromkeys(char_lstm.METHODS, run)
     char_lstm.draw(runs, tmp_path / "png")
     char_lstm.print_tables(runs, 100)
-    assert (tmp_path / "png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert_picture(tmp_path / "png")
     assert "nan" in capsys.readouterr().out
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import dqn_cartpole as dqn
+from pictures import assert_picture
 import reference
 from rmsprop_jax import recipes
 
@@ -255,7 +256,7 @@ def test_flags_are_refused(flag, tmp_path, capsys):
 def test_main_prints_what_it_returns(small, tmp_path, capsys):
     out = tmp_path / "new" / "curves.png"
     result = dqn.main(["--steps", "240", "--agents", "2", "--out", str(out)])
-    assert out.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert_picture(out)
     assert result.steps == [80, 160, 240]
     assert np.shape(result.returns) == (2, 3)
     lines = capsys.readouterr().out.splitlines()

@@ -15,6 +15,7 @@ import pytest
 from tqdm import tqdm
 
 import embeddings
+from pictures import assert_picture
 import real_data
 from rmsprop_jax import rmsprop, rows
 
@@ -215,7 +216,7 @@ def test_the_nearest_have_the_largest_cosines():
 def test_main_prints_what_it_returns(text, tmp_path, capsys):
     out = tmp_path / "new" / "times.png"
     result = embeddings.main([*TINY, "--out", str(out)])
-    assert out.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert_picture(out)
     blocks = [block.split("\n") for block in capsys.readouterr().out.strip().split("\n\n")]
     times, losses, apart, near, [drawn] = blocks
     names = [DENSE, ROWS, LAZY]

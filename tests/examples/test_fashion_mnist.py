@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import fashion_mnist
+from pictures import assert_picture
 import real_data
 
 REAL = bool(os.environ.get("RMSPROP_JAX_DATA"))
@@ -238,7 +239,7 @@ def test_main_prints_what_it_returns(names, files, tmp_path, monkeypatch, capsys
     out = tmp_path / "new" / "curves.png"
     flags = ["--epochs", "1", "--batch", "64", "--rates", "1e30", "0.0003", "0.003", "0.03"]
     result = fashion_mnist.main([*flags, "--out", str(out)])
-    assert out.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert_picture(out)
     assert result.rates == [0.0003, 0.003, 0.03, 1e30]
     assert list(result.sweeps) == list(result.runs) == names
     assert np.isnan(result.sweeps[names[-1]].losses[3]).all()

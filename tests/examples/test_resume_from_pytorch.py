@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 
+from pictures import assert_picture
 import record_resume
 import resume_from_pytorch as example
 
@@ -91,7 +92,7 @@ def assert_shows(result, switch, out, printed):
     theirs, ours = result
     difference = np.abs(np.subtract(theirs[switch:], ours)).max()
     assert difference < 1e-5
-    assert out.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert_picture(out)
     *table, last = printed.out.splitlines()
     after = len(theirs) - switch
     assert [len(row.split()) for row in table[1:]] == [2] * switch + [3] * after

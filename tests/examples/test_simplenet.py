@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from helpers import like_airfoil
+from pictures import assert_picture
 import real_data
 import record_simplenet
 from rmsprop_jax import rmsprop
@@ -113,16 +114,12 @@ def assert_prints(out, epochs, losses, last):
     assert re.fullmatch(last, lines[-1])
 
 
-def is_png(file):
-    return file.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-
-
 def test_main_on_random_samples(tmp_path, capsys):
     out = tmp_path / "new" / "loss.png"
-    losses, test_loss = simplenet.main(["--epochs", "4", "--out", str(out)])
+    losses, test_losses = simplenet.main(["--epochs", "4", "--out", str(out)])
     assert (np.diff(losses) < 0).all()
-    assert test_loss is None
-    assert is_png(out)
+    assert test_losses == []
+    assert_picture(out)
     last = rf"Loss {losses[0]:.4f} -> {losses[-1]:.4f}, curve in {re.escape(str(out))}"
     assert_prints(capsys.readouterr().out, 4, losses, last)
 
@@ -147,14 +144,16 @@ def linear_loss(x, y, x_test, y_test):
 @pytest.mark.slow
 def test_main_on_airfoil(airfoil, tmp_path, capsys):
     out = tmp_path / "loss.png"
-    losses, test_loss = simplenet.main(["--data", "airfoil", "--epochs", "8", "--out", str(out)])
+    result = simplenet.main(["--data", "airfoil", "--epochs", "8", "--out", str(out)])
+    losses, test_loss = result.losses, result.test_losses[-1]
     assert losses[-1] < losses[0]
+    assert len(result.test_losses) == 8
     line = linear_loss(*simplenet.airfoil(seed=0))
     assert test_loss < line
-    assert is_png(out)
+    assert_picture(out)
     printed = capsys.readouterr()
     last = rf"Test loss {test_loss:.4f} on {airfoil} rows held out, {line:.4f} by a straight line"
-    last += f", curve in {re.escape(str(out))}"
+    last += f", curves in {re.escape(str(out))}"
     assert_prints(printed.out, 8, losses, last)
     assert "8/8" in printed.err  # the progress bar
 

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 
+from pictures import assert_picture
 import real_data
 import spoken_digits
 
@@ -190,7 +191,7 @@ def test_main_prints_what_it_returns(data, tmp_path, monkeypatch, capsys):
     )
     out = tmp_path / "new" / "curves.png"
     runs = spoken_digits.main(["--epochs", "4", "--seeds", "2", "--out", str(out)])
-    assert out.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert_picture(out)
     last = [run.accuracies[-1] for run in runs]
     assert capsys.readouterr().out.splitlines() == [
         f"Seed 0, test accuracy {last[0]:.4f}",

@@ -8,6 +8,7 @@ import pytest
 
 import decay_weights
 import extreme_decay
+from pictures import assert_picture
 import trajectory_2d
 
 EXAMPLES = {"decay_weights": decay_weights, "trajectory": trajectory_2d, "extreme": extreme_decay}
@@ -33,9 +34,7 @@ def ran(tmp_path_factory):
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_the_picture_is_drawn_and_named_last(name, ran):
     _, lines, out = ran(name)
-    content = out.read_bytes()
-    assert content.startswith(b"\x89PNG\r\n\x1a\n")
-    assert len(content) < 120e3
+    assert_picture(out)
     assert lines[-1].endswith(f"picture in {out}")
 
 
