@@ -54,7 +54,7 @@ def rows(page, heading):
 WHICH = "docs/which.md"
 DIALECTS = rows(WHICH, "## Dialects") + rows(WHICH, "### Frameworks without")
 CALLS = [
-    *(row[-1] for row in DIALECTS),
+    *(row[1] for row in DIALECTS),
     *(
         row[1].split("`, ")[0]
         for page in ("docs/how-to/from-pytorch.md", "docs/how-to/from-keras-and-tensorflow.md")
@@ -103,7 +103,7 @@ def test_all_dialects_and_recipes_are_listed():
 
 def test_the_table_of_dialects_is_true():
     """ε, start value and the learning rate's place, as the calls beside them have it."""
-    for _, eps, start, rate, decay, call in DIALECTS:
+    for _, call, eps, start, rate, decay in DIALECTS:
         rule = eval(call.strip("`"), {"dialects": dialects, "rmsprop": rmsprop}).part
         assert float(re.search(r"1e-\d+", eps)[0]) == rule.hyper.eps, call
         outside = eps.startswith("outside") or "outside without" in eps
