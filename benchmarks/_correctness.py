@@ -9,7 +9,7 @@ import numpy as np
 
 from rmsprop_jax import rmsprop
 
-# Powers of two and sums of few, so that no dtype rounds them.
+# Sums of few powers of two, which no dtype rounds.
 RATE, EPS, MOMENTUM, PULL = 2.0**-7, 2.0**-27, 0.875, 2.0**-6
 DECAY = 0.9
 CASES: dict[str, dict[str, Any]] = {
@@ -24,7 +24,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "cautious": {"momentum": MOMENTUM, "cautious": True},
 }
-# Some 16 roundings of the arithmetic, and one to the 11 or 8 binary digits of the update.
+# About 16 roundings in the arithmetic, and one to the 11 or 8 binary digits of the update.
 ARITHMETIC = 2.0**-20
 BOUNDS = {
     "float32": ARITHMETIC,
@@ -48,7 +48,7 @@ def reference(
     bias_correction: bool = False,
     cautious: bool = False,
 ) -> Iterator[np.ndarray]:
-    """The updates at x, in the precision of the gradients; it uses nothing of the library."""
+    """The updates at x, in the precision of the gradients, without using the library."""
     assert decoupled_weight_decay
     square, mean, buffer, weight = 0.0, 0.0, 0.0, 0.0  # which become arrays
     for g in grads:
@@ -68,7 +68,7 @@ def reference(
 
 
 def parts(dtype: str, draw: Callable[[], np.ndarray]) -> np.ndarray:
-    """What draw gives, as an array of the dtype; for complex ones, of two such as their parts."""
+    """What draw returns, as an array of the dtype; if complex, both its parts are drawn."""
     kind = jnp.dtype(dtype)
     if kind.kind != "c":
         return draw().astype(kind)
@@ -77,7 +77,7 @@ def parts(dtype: str, draw: Callable[[], np.ndarray]) -> np.ndarray:
 
 
 def ordinary(dtype: str, steps: int, numbers: int) -> np.ndarray:
-    """A tenth of them 0, the others of sizes that are a coordinate's own."""
+    """Gradients: a tenth of them 0, the others of a magnitude that depends on the coordinate."""
     rng = np.random.default_rng(0)
     exponents = rng.uniform(*((-6, 4) if dtype == "float16" else (-12, 6)), numbers)
 
@@ -89,7 +89,7 @@ def ordinary(dtype: str, steps: int, numbers: int) -> np.ndarray:
 
 
 def extreme(dtype: str, steps: int, numbers: int) -> np.ndarray:
-    """With NaN in every seventh coordinate, in the third step."""
+    """Gradients at the limits of the dtype, with NaN in every seventh coordinate of step three."""
     rng, about = np.random.default_rng(1), jnp.finfo(dtype)
     values = np.array([0, 1, about.max, about.tiny, about.smallest_subnormal, np.inf], about.dtype)
     grads = parts(dtype, lambda: rng.choice([*values, *-values], (steps, numbers)))
@@ -98,14 +98,14 @@ def extreme(dtype: str, steps: int, numbers: int) -> np.ndarray:
 
 
 class Found(NamedTuple):
-    """Of one form: the largest error, and whether extremes gave finite updates and NaN only NaN."""
+    """The largest error of a form; whether extremes gave finite updates, and NaN only NaN."""
 
     error: float
     finite: bool
 
 
 def compare(dtype: str, cases: dict[str, Any], steps: int, numbers: int) -> dict[str, Found]:
-    """What is found of each case; all are in one program."""
+    """Checks all cases in one program."""
     txs = {name: rmsprop(RATE, DECAY, EPS, **case) for name, case in cases.items()}
 
     @jax.jit
@@ -138,7 +138,7 @@ def compare(dtype: str, cases: dict[str, Any], steps: int, numbers: int) -> dict
 def largest_error(
     updates: np.ndarray, grads: np.ndarray, x: np.ndarray, case: dict[str, Any]
 ) -> float:
-    """Relative to the largest update of the coordinate, or to the smallest normal number."""
+    """The largest error relative to its coordinate's largest update, or to the smallest normal."""
     assert updates.dtype == grads.dtype
     wide = np.result_type(updates, np.float64)
     want = np.stack([*reference(grads.astype(wide), x.astype(wide), **case)])

@@ -1,8 +1,8 @@
 """Test losses of methods that start from the same parameters and see the same batches.
 
 A method trains like the reference if the 95% interval of its relative difference, by Student's t
-over the seeds, lies within the margin. That has two sides, so a method whose loss is lower can
-fail: its steps are not those of the reference.
+over the seeds, lies within the margin. The margin has two sides, so a method with a lower loss
+can fail: its steps are not those of the reference.
 """
 
 from collections.abc import Callable
@@ -17,14 +17,14 @@ import _results
 from _tasks import Params, Task
 
 MARGIN = 0.03
-SEEDS = range(10, 30)  # those below were for choosing learning rates
+SEEDS = range(10, 30)  # lower ones were used to choose learning rates
 
-# From parameters, state, the training data and the rows that were picked, to both after a step.
+# Maps parameters, state, training data and indices of a batch to parameters and state.
 Step = Callable[[Params, Any, Any, Any], tuple[Params, Any]]
 
 
 def trained(task: Task, seed: int, params: Params, state: Any, step: Step) -> tuple[Params, Any]:
-    """Parameters and state after the last step, of batches that the seed picks."""
+    """Parameters and state after the last step, on batches that the seed determines."""
     rng = np.random.default_rng(seed)
     rows = jax.device_put(task.train)
     batches = rng.integers(len(rows[0]), size=(task.steps, task.batch), dtype=np.int32)
@@ -42,12 +42,12 @@ class Difference(NamedTuple):
 
     @property
     def small(self) -> bool:
-        """Whether all of the interval is within the margin."""
+        """Whether the whole interval lies within the margin."""
         return self.low > -MARGIN and self.high < MARGIN
 
 
 def difference(losses: ArrayLike, reference: ArrayLike) -> Difference:
-    """Of paired losses, by Student's t over the pairs."""
+    """The difference between paired losses, by Student's t over the pairs."""
     ratios = np.asarray(losses) / np.asarray(reference) - 1
     mean = float(ratios.mean())
     error = float(ratios.std(ddof=1)) / len(ratios) ** 0.5
@@ -56,7 +56,7 @@ def difference(losses: ArrayLike, reference: ArrayLike) -> Difference:
 
 
 def columns(losses: NDArray[Any], reference: NDArray[Any], against: str) -> _results.Row:
-    """The right part of a row; blank beside itself."""
+    """The last columns of a row; blank for the reference itself."""
     itself = losses is reference
     found = difference(losses, reference)
     return {

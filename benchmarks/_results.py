@@ -1,4 +1,4 @@
-"""What every benchmark shares: its flags, where its rows go, and how they are printed."""
+"""What all benchmarks share: their flags, where their rows go, and how they are printed."""
 
 import argparse
 from collections.abc import Sequence
@@ -18,17 +18,17 @@ Row = dict[str, Any]
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
-    """With the flags of every benchmark."""
+    """A parser with the flags that all benchmarks have."""
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="only show that it runs")
+    parser.add_argument("--quick", action="store_true", help="only check that it runs")
     parser.add_argument("--device", choices=["cpu", "gpu", "tpu"], help="default: what jax finds")
     return parser
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Reads the flags, and turns jax to the device."""
+    """Parses the flags, and makes jax use the device."""
     args = parser.parse_args(argv)
     if args.device:
         try:
@@ -48,21 +48,21 @@ def finish(benchmark: str, rows: list[Row], quick: bool) -> list[Row]:
 
 
 def save(benchmark: str, rows: list[Row]) -> Path:
-    """With the machine; results of an accelerator are named after it."""
+    """Writes rows and machine to results/; on an accelerator, the file is named after it."""
     device = jax.devices()[0]
     kind = "" if device.platform == "cpu" else f"_{device.device_kind}".replace(" ", "_")
     return write(RESULTS / f"{benchmark}{kind}.json", rows)
 
 
 def write(file: Path, rows: list[Row]) -> Path:
-    """With the machine."""
+    """Writes rows and machine to a file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=2) + "\n")
     return file
 
 
 def machine() -> dict[str, Any]:
-    """Where, with what, when and by which command something was measured."""
+    """The machine, the versions, the date and the command of a measurement."""
     about = {
         "command": " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -73,7 +73,7 @@ def machine() -> dict[str, Any]:
     }
     for package in ("jax", "jaxlib", "optax", "numpy"):
         about[package] = importlib.metadata.version(package)
-    for package in ("torch", "keras"):  # where the benchmark has used them
+    for package in ("torch", "keras"):  # if the benchmark has imported them
         if package in sys.modules:
             about[package] = importlib.metadata.version(package)
     return about
@@ -95,7 +95,7 @@ def markdown(rows: list[Row]) -> str:
 
 
 def table(rows: list[Row], about: dict[str, Any]) -> str:
-    """Rows as a Markdown table, with a line under it that says where they come from."""
+    """Rows as a Markdown table, followed by a line that says how they were measured."""
     packages = ("jax", "jaxlib", "optax", "keras", "torch")
     versions = ", ".join(f"{package} {about[package]}" for package in packages if package in about)
     accelerator = "" if about["device"] == "cpu" else f"{about['device']}, "

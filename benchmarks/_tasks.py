@@ -1,6 +1,6 @@
-"""What the benchmarks of quality train: five small networks on real and made data.
+"""What the quality benchmarks train: five small networks on real and synthetic data.
 
-Networks compute in the dtype that a task is made with; their first parameters are float32.
+A task is made for a dtype, in which its network computes; initial parameters are float32.
 """
 
 import collections
@@ -22,7 +22,7 @@ sys.path.append(str(Path(__file__).parents[1] / "examples"))
 import real_data
 
 Params = Any
-Rows = tuple[NDArray[Any], NDArray[Any]]  # inputs and targets, of one length
+Rows = tuple[NDArray[Any], NDArray[Any]]  # inputs and targets, of equal length
 Dtype = Any
 Make = Callable[[Dtype, nnx.Rngs], nnx.Module]
 
@@ -59,7 +59,7 @@ class Convolutions(nnx.Module):
 
 
 class Recurrent(nnx.Module):
-    """An LSTM that predicts the character after each."""
+    """An LSTM that predicts the next character at each place."""
 
     width = 96
 
@@ -77,7 +77,7 @@ class Recurrent(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Attention to what is before, and a hidden layer, each added to what it reads."""
+    """A transformer block: causal attention and an MLP, both residual."""
 
     def __init__(self, width: int, dtype: Dtype, rngs: nnx.Rngs) -> None:
         self.norm1 = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
@@ -87,13 +87,13 @@ class Block(nnx.Module):
         self.down = nnx.Linear(4 * width, width, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        """From (n, length, width) to the same."""
+        """From (n, length, width) to an array of that shape."""
         x = x + self.attention(self.norm1(x), mask=mask)
         return x + self.down(nnx.gelu(self.up(self.norm2(x))))
 
 
 class Transformer(nnx.Module):
-    """Two blocks that predict the character after each."""
+    """Two blocks that predict the next character at each place."""
 
     width = 64
 
@@ -113,7 +113,7 @@ class Transformer(nnx.Module):
 
 
 class Words(nnx.Module):
-    """Embeddings of some words side by side, a hidden layer, logits of the next word."""
+    """Concatenated embeddings of a few words, a hidden layer, and logits of the next word."""
 
     def __init__(self, words: int, before: int, dtype: Dtype, rngs: nnx.Rngs) -> None:
         self.embed = nnx.Embed(words, 64, dtype=dtype, rngs=rngs)
@@ -126,7 +126,7 @@ class Words(nnx.Module):
 
 
 def classifier(make: Make, dtype: Dtype) -> tuple[Any, Any]:
-    """The init and the loss, a mean cross-entropy in nats, of a model that returns logits."""
+    """Init and loss of a model that returns logits; the loss is a mean cross-entropy in nats."""
     graph, _, rest = nnx.split(make(dtype, nnx.Rngs(0)), nnx.Param, ...)  # type: ignore[misc]
 
     def init(seed: int) -> Params:
@@ -141,14 +141,14 @@ def classifier(make: Make, dtype: Dtype) -> tuple[Any, Any]:
 
 
 def clothes(data: real_data.FashionMNIST, dtype: Dtype = jnp.float32) -> Task:
-    """Images in ten classes; the one task with momentum."""
+    """Images in ten classes; the only task with momentum."""
     train, test = (data.images, data.labels), (data.test_images, data.test_labels)
     init, loss = classifier(Convolutions, dtype)
     return Task("CNN, Fashion-MNIST", init, loss, train, test, 500, 64, 5e-4, momentum=0.9)
 
 
 def characters(text: str, length: int) -> tuple[int, Rows, Rows]:
-    """How many there are; runs of so many, each with that one place later."""
+    """How many characters are known; pairs of runs of this length, the second one place later."""
     known, codes = np.unique(np.frombuffer(text.encode(), np.uint8), return_inverse=True)
     train, test = windows(codes.astype(np.uint8), length + 1)
     return len(known), (train[:, :-1], train[:, 1:]), (test[:, :-1], test[:, 1:])
@@ -183,7 +183,7 @@ def transformer(text: str, dtype: Dtype = jnp.float32) -> Task:
 
 
 def words(text: str, dtype: Dtype = jnp.float32, size: int = 3000) -> Task:
-    """The word after three, among the most frequent: most rows of the table get no gradient."""
+    """The word after three others, among the most frequent; most rows get no gradient."""
     found = re.findall(r"[a-z']+|[^\sa-z']", text.lower())
     frequent = [word for word, _ in collections.Counter(found).most_common(size - 1)]
     number = {word: i for i, word in enumerate(frequent, start=1)}  # 0 is for all others
@@ -200,7 +200,7 @@ def words(text: str, dtype: Dtype = jnp.float32, size: int = 3000) -> Task:
 
 
 def windows(codes: NDArray[Any], length: int) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Runs of a text: from each place of its first nine tenths; side by side in the last."""
+    """Overlapping runs from the first nine tenths of a text, and disjoint ones from the last."""
     split = len(codes) * 9 // 10
     train = np.lib.stride_tricks.sliding_window_view(codes[:split], length)
     test = np.lib.stride_tricks.sliding_window_view(codes[split:], length)[::length]
@@ -208,16 +208,16 @@ def windows(codes: NDArray[Any], length: int) -> tuple[NDArray[Any], NDArray[Any
 
 
 def regression(dtype: Dtype = jnp.float32) -> Task:
-    """A linear map without noise: its gradients, and so second moments, fall with the error.
+    """A linear map without noise: its gradients and second moments shrink with the error.
 
-    64 inputs, mixed from sources whose sizes are 1, 1/2, 1/3, ..., give 128 outputs. Decay is .999,
-    so that a step takes a second moment down by a thousandth at most, less than bfloat16 resolves.
+    64 inputs, mixed from sources whose sizes are 1, 1/2, 1/3, ..., give 128 outputs. The decay is
+    0.999, so a step lowers a second moment by a thousandth at most, less than bfloat16 resolves.
     """
     rng = np.random.default_rng(0)
     inputs, outputs = 64, 128
     rotation, _ = np.linalg.qr(rng.standard_normal((inputs, inputs)))
     sources = rng.standard_normal((4096, inputs)) / np.arange(1, inputs + 1)
-    # In another dtype the inputs are rounded to it, and the outputs are those of what is left.
+    # The inputs are rounded to the dtype, and the outputs computed from the rounded inputs.
     x = (sources @ rotation).astype(dtype).astype(np.float64)
     y = x @ rng.standard_normal((inputs, outputs))
     x, y = x.astype(np.float32), y.astype(np.float32)

@@ -1,4 +1,4 @@
-"""Two things timed in turn, with medians: so a drift of the machine falls on both."""
+"""Two things timed alternately, with medians, so that a drift of the machine affects both."""
 
 from collections.abc import Callable, Sequence
 import statistics
@@ -17,7 +17,7 @@ class Pair(NamedTuple):
     quartiles: tuple[float, float]
 
     def per(self, steps: int) -> "Pair":
-        """Of one of so many steps."""
+        """Seconds per step, where each call makes this many steps."""
         return self._replace(theirs=self.theirs / steps, ours=self.ours / steps)
 
     def columns(self) -> dict[str, str]:
@@ -26,7 +26,7 @@ class Pair(NamedTuple):
 
 
 def nothing() -> None:
-    """The default of what comes before a call."""
+    """What runs before a call by default."""
 
 
 def compare(
@@ -35,9 +35,9 @@ def compare(
     warm_up: int = 2,
     before: Callable[[], None] = nothing,
 ) -> Pair:
-    """Times theirs and ours after so many calls of each; which comes first takes turns.
+    """Times theirs and ours alternately after a warm-up; they take turns going first.
 
-    What comes before each call is not timed.
+    ``before`` runs before each call and is not timed.
     """
     for side in warm_up * [*sides]:
         jax.block_until_ready(side())

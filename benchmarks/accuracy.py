@@ -1,11 +1,11 @@
-"""How many digits of an update are right in float32, at decays near 1?
+"""How many digits of an update are correct in float32, at decays near 1?
 
     python benchmarks/accuracy.py             # a minute; writes results/accuracy.json
-    python benchmarks/accuracy.py --quick     # seconds; only shows that it runs, and writes nothing
+    python benchmarks/accuracy.py --quick     # seconds; checks that it runs, writes nothing
 
-The relative error of the last update, root mean square over 1000 numbers, against the same rule in
-long double, of normal gradients. At the first steps it is the rounding of 1 - decay that counts, at
-the last that of the weights of 10,000 gradients, whose sum is not 1.
+Prints the relative error of the last update, root mean square over 1000 elements, compared with the
+same rule in long double. Gradients are normal. In the first steps the rounding of 1 - decay
+dominates; in the last, the weights of 10,000 gradients, whose sum is not 1.
 """
 
 from collections.abc import Callable, Sequence
@@ -52,7 +52,7 @@ def of_torch(decay: float, grads: np.ndarray) -> Updates:
     optimizer, found = torch.optim.RMSprop([x], lr=1.0, alpha=decay, eps=EPS), {}
     for step, g in enumerate(grads, 1):
         with torch.no_grad():
-            x.zero_()  # so that it is the update that is left, and nothing is rounded
+            x.zero_()  # so that only the update remains, and nothing is rounded
         x.grad = torch.from_numpy(g)
         optimizer.step()
         if step in STEPS:
@@ -61,7 +61,7 @@ def of_torch(decay: float, grads: np.ndarray) -> Updates:
 
 
 def libraries() -> dict[str, Callable[[float, np.ndarray], Updates]]:
-    """Those that are installed."""
+    """The libraries that are installed."""
     found = {
         "ours": lambda decay, grads: of_optax(rmsprop(1.0, decay, EPS), grads),
         "optax": lambda decay, grads: of_optax(optax.rmsprop(1.0, decay, EPS), grads),
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> list[_results.Row]:
 
 
 def error(found: np.ndarray, want: np.ndarray) -> float:
-    """Relative, root mean square."""
+    """The relative error, root mean square."""
     return float(np.sqrt(np.mean(np.square((found - want) / want))))
 
 

@@ -1,14 +1,14 @@
-"""How long until a step can run, and how large is the program?
+"""How long does it take until a step can run, and how large is the program?
 
     python benchmarks/compilation.py             # minutes; writes results/compilation.json
-    python benchmarks/compilation.py --quick     # seconds; only shows that it runs
+    python benchmarks/compilation.py --quick     # seconds; checks that it runs, writes nothing
 
-Tracing and lowering, with nothing cached, and compiling a step (update and apply_updates) of real
-networks' parameters, of which many have the same shape, and of 50 that all differ; and tracing and
-lowering init and a step in one function. Ratios are ours / optax's, medians over alternating pairs,
-that of tracing and lowering a step with its quartiles: below 1, we are faster. Of networks with
-more than 500 leaves two pairs are compiled, of others four. Instructions are those of the compiled
-program, in all its kernels, and lowered ones those handed to XLA.
+Measures tracing and lowering with nothing cached, and compilation, of a step (update and
+apply_updates) on the parameters of real networks, many of which have the same shape, and on 50 that
+all differ; also tracing and lowering of init and a step in one function. Ratios are ours / optax,
+medians over alternating pairs, and for tracing and lowering a step with quartiles: below 1, ours is
+faster. Networks with more than 500 leaves are compiled in two pairs, others in four. "instructions"
+are those of the compiled program, in all its kernels; "lowered" are those given to XLA.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -33,7 +33,7 @@ ALL_DIFFERENT: Shapes = [(3 + i, 7) for i in range(50)]
 def lowering(
     tx: optax.GradientTransformation, shapes: Shapes, init: bool = False
 ) -> Callable[[], Any]:
-    """Traces and lowers a step, after init if that is asked for; arrays are shapes only."""
+    """A function that traces and lowers a step, optionally after init; arrays are shapes only."""
     params = [jax.ShapeDtypeStruct(shape, "float32") for shape in shapes]
     step = train_step(tx)
 
@@ -51,20 +51,20 @@ def lowering(
 
 
 def forget() -> None:
-    """All that jax has traced before; what is left is not searched for garbage while we time."""
+    """Clears what jax has traced, and keeps the garbage collector out of the timing."""
     jax.clear_caches()
     gc.collect()
     gc.freeze()
 
 
 def anew(lower: Callable[[], Any]) -> Any:
-    """A program of its own: one that JAX remembers would be compiled already."""
+    """A new program, since one that jax remembers would already be compiled."""
     forget()
     return lower()
 
 
 def compile_next(programs: Iterator[Any]) -> None:
-    """Each is compiled once only, since it keeps what came of it."""
+    """Compiles a program that was not compiled before, since each keeps the result."""
     next(programs).compile()
 
 

@@ -1,10 +1,10 @@
-"""How long is an update outside jit, where the time is all dispatch?
+"""How fast is an update outside jit, where dispatch takes all the time?
 
     python benchmarks/eager.py             # a minute; writes results/eager.json
-    python benchmarks/eager.py --quick     # seconds; only shows that it runs, and writes nothing
+    python benchmarks/eager.py --quick     # seconds; checks that it runs, writes nothing
 
-`tx.update` on small leaves, as many as ResNet-50 has. Ratios are ours / optax's, medians over
-alternating pairs with quartiles: below 1, we are faster.
+Times `tx.update` on small leaves, as many as ResNet-50 has. Ratios are ours / optax, medians over
+alternating pairs with quartiles: below 1, ours is faster.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from rmsprop_jax import rmsprop
 
 
 def small_leaves(leaves: int) -> dict[str, jax.Array]:
-    """So small that the time is all overhead; of 60 shapes."""
+    """Leaves of 60 shapes, so small that the time is all overhead."""
     return {f"leaf{i}": jnp.ones((3 + i % 60, 7)) for i in range(leaves)}
 
 

@@ -1,14 +1,14 @@
-"""What would a GPU do? Steps compiled for an H200, where none is, and read: kernels and bytes.
+"""What would a GPU do? Compiles steps for an H200, without one, and counts kernels and bytes.
 
     make test-gpu    # its environment has jax's CUDA plugin and NVIDIA's assembler
     .venv-gpu/bin/python benchmarks/gpu_programs.py            # writes results/gpu_programs.json
-    .venv-gpu/bin/python benchmarks/gpu_programs.py --quick    # of one form
+    .venv-gpu/bin/python benchmarks/gpu_programs.py --quick    # one form; writes nothing
 
-A step is update and apply_updates with donated buffers, of one leaf of 16.8 million parameters.
-Bytes are a parameter: of the arguments and results of all kernels, which is what memory has to give
-where they do not find it in a cache, and of the temporary memory of the program. Kernels are those
-that touch more than scalars. Gradients have the dtype of the parameters; bits are those of master
-weights.
+A step is update and apply_updates with donated buffers, on one leaf of 16.8 million parameters.
+Bytes are per parameter: "bytes moved" counts the arguments and results of all kernels, which memory
+has to deliver if they are in no cache; "temporary bytes" is the program's temporary memory.
+"kernels" counts those that touch more than scalars. Gradients have the dtype of the parameters;
+bits are those of master weights.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ import _results
 from libraries import FORMS, STORAGES, train_step
 from rmsprop_jax import low_memory, rmsprop
 
-# What XLA asks of a device when there is none. Compute capability 9.0 is that of Hopper; numbers
+# What XLA needs to know to compile without a device. Compute capability 9.0 is Hopper; the numbers
 # are those of an H200, from NVIDIA's data sheet and the CUDA programming guide.
 H200 = """
 gpu_device_info {
@@ -76,8 +76,8 @@ INSTRUCTION = re.compile(r"%([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*?)\)[,\n]")
 
 
 def gpu() -> NamedSharding:
-    """The place of an array on a GPU that is described, not there."""
-    os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # or it looks for a driver
+    """The sharding of an array on a GPU that is described but absent."""
+    os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # otherwise it looks for a driver
     nvidia = importlib.util.find_spec("nvidia")
     assert nvidia is not None
     assert nvidia.submodule_search_locations is not None
@@ -89,7 +89,7 @@ def gpu() -> NamedSharding:
 
 
 def compiled(tx: optax.GradientTransformation, place: NamedSharding, dtype: str = "float32") -> Any:
-    """A donated step of one large leaf."""
+    """A compiled step on one large leaf, with donated buffers."""
 
     def struct(array: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place)
@@ -101,7 +101,7 @@ def compiled(tx: optax.GradientTransformation, place: NamedSharding, dtype: str 
 
 
 def moved(program: Any) -> list[float]:
-    """Of each kernel that touches large arrays, the bytes of arguments and results a parameter."""
+    """Bytes of arguments and results per parameter, of each kernel that touches large arrays."""
     text = program.as_text()
     sizes: dict[str, int] = {}
     kernels = []
@@ -117,7 +117,7 @@ def moved(program: Any) -> list[float]:
 
 
 def temporary(program: Any) -> float:
-    """Bytes a parameter."""
+    """Bytes of temporary memory per parameter."""
     return program.memory_analysis().temp_size_in_bytes / math.prod(SHAPE)
 
 
@@ -134,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> list[_results.Row]:
             else:
                 program = compiled(tx, place)
             kernels = moved(program)
-            whole = whole or sum(kernels)  # of the first
+            whole = whole or sum(kernels)  # that of the first
             rows.append(
                 {
                     "form": form,
@@ -150,5 +150,5 @@ def main(argv: Sequence[str] | None = None) -> list[_results.Row]:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # where this process runs
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # for this process itself
     main()

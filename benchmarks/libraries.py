@@ -25,8 +25,8 @@ STORAGES = {"float32": None, "bfloat16": low_memory.bfloat16(), "q8": low_memory
 
 
 class Step(NamedTuple):
-    """Makes the step so many times; bytes of its temporary memory; bytes its kernels move; seconds
-    that it took to compile.
+    """A function that makes this many steps, and what is known of their program: bytes of
+    temporary memory, bytes that its kernels move, and seconds of compilation.
     """
 
     run: Callable[[int], Any]
@@ -36,19 +36,19 @@ class Step(NamedTuple):
 
 
 def gradients(shapes: Shapes) -> list[np.ndarray]:
-    """Of a million random numbers, repeated: to draw all takes longer than what is timed."""
+    """A million random numbers, repeated: drawing all takes longer than what is timed."""
     numbers = np.random.default_rng(0).standard_normal(1 << 20, dtype=np.float32)
     return [np.resize(numbers, shape) for shape in shapes]
 
 
 def state_of(tx: optax.GradientTransformation, shapes: Shapes) -> list[jax.ShapeDtypeStruct]:
-    """The arrays of its state; nothing is allocated."""
+    """The arrays of the state as shapes; nothing is allocated."""
     params = [jax.ShapeDtypeStruct(shape, "float32") for shape in shapes]
     return jax.tree.leaves(jax.eval_shape(tx.init, params))
 
 
 def train_step(tx: optax.GradientTransformation) -> Callable[..., Any]:
-    """As users write it."""
+    """A training step as users write it."""
 
     def step(params: Any, state: Any, grads: Any) -> Any:
         updates, state = tx.update(grads, state, params)
@@ -58,7 +58,7 @@ def train_step(tx: optax.GradientTransformation) -> Callable[..., Any]:
 
 
 def compiled(step: Callable[..., Any], params: Any, state: Any, grads: Any) -> Step:
-    """A step from (params, state, grads) to (params, state), with both donated."""
+    """Compiles a step from (params, state, grads) to (params, state), with both donated."""
     carry = [params, state]
     lowered = jax.jit(step, donate_argnums=(0, 1)).lower(*carry, grads)
     start = time.perf_counter()
@@ -76,7 +76,7 @@ def compiled(step: Callable[..., Any], params: Any, state: Any, grads: Any) -> S
 
 
 def of(tx: optax.GradientTransformation, shapes: Shapes, dtype: str = "float32") -> Step:
-    """Any transformation's, jitted."""
+    """The jitted step of any transformation."""
     params = [jnp.ones(shape, dtype) for shape in shapes]
     grads = [jnp.asarray(grad, dtype) for grad in gradients(shapes)]
     return compiled(train_step(tx), params, tx.init(params), grads)
@@ -87,7 +87,7 @@ def ours(form: dict[str, Any], shapes: Shapes) -> Step:
 
 
 def master_weights(storage: str, shapes: Shapes) -> Step:
-    """Ours of parameters in bfloat16, with 24 bits."""
+    """Ours with bfloat16 parameters and master weights of 24 bits."""
     tx = rmsprop(1e-3, storage=STORAGES[storage])
     return of(low_memory.master_weights(tx, 24), shapes, "bfloat16")
 
@@ -98,7 +98,7 @@ def theirs(form: dict[str, Any], shapes: Shapes) -> Step:
 
 
 def keras(form: dict[str, Any], shapes: Shapes) -> Step:
-    """Keras 3 on JAX, its stateless form jitted."""
+    """Keras 3 on JAX, with its stateless form jitted."""
     os.environ["KERAS_BACKEND"] = "jax"
     import keras
 
@@ -109,7 +109,7 @@ def keras(form: dict[str, Any], shapes: Shapes) -> Step:
     def step(params: Any, state: Any, grads: Any) -> Any:
         return optimizer.stateless_apply(state, grads, params)
 
-    # Copies, since what is donated is gone, and the variables live on.
+    # Copies, because the variables outlive the donated buffers.
     params = [jnp.copy(variable.value) for variable in variables]
     state = [jnp.copy(variable.value) for variable in optimizer.variables]
     grads = [jnp.asarray(grad) for grad in gradients(shapes)]
@@ -117,7 +117,7 @@ def keras(form: dict[str, Any], shapes: Shapes) -> Step:
 
 
 def torch(form: dict[str, Any], shapes: Shapes, foreach: bool) -> Step:
-    """PyTorch's, of all arrays at once (foreach) or of one after the other; on a GPU capturable."""
+    """PyTorch's, over all arrays at once (foreach) or one by one; on a GPU capturable."""
     import torch
 
     gpu = jax.devices()[0].platform == "gpu"
@@ -148,7 +148,7 @@ Make = Callable[[dict[str, Any], Shapes], Step]
 
 
 def others() -> dict[str, Make]:
-    """The libraries to compare with, as far as they are installed (torch for this device)."""
+    """The installed libraries to compare with; torch only if it supports this device."""
     found: dict[str, Make] = {"optax": theirs}
     if importlib.util.find_spec("keras"):
         found["keras"] = keras
@@ -161,11 +161,11 @@ def others() -> dict[str, Make]:
 
 
 def compare(theirs: Step, ours: Step, steps: int, pairs: int) -> _timing.Pair:
-    """Seconds and ratio of a step; each time so many are made at once."""
+    """Seconds and ratio per step; each measurement makes several steps."""
     sides = [functools.partial(step.run, steps) for step in (theirs, ours)]
     return _timing.compare(sides, pairs).per(steps)
 
 
 def add_one(elements: int) -> Step:
-    """What the memory gives to a kernel that reads and writes an array once, in place."""
+    """Reads and writes an array once, in place, which shows what bandwidth memory has."""
     return compiled(lambda x, state, _: (x + 1, state), jnp.ones(elements), None, None)

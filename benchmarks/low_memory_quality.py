@@ -1,26 +1,27 @@
 """Does training with a small state end where it ends in float32? Test losses, paired by seed.
 
     python benchmarks/low_memory_quality.py            # writes results/low_memory_quality.json
-    python benchmarks/low_memory_quality.py --quick    # only shows that it runs, writes nothing
+    python benchmarks/low_memory_quality.py --quick    # checks that it runs, writes nothing
 
-In each task every method starts a seed from the same parameters and sees the same batches. What is
-compared is the loss on the whole test set after the last step, as a ratio to that of float32 for
-the same seed, less 1: its mean over the seeds, with the 95% interval of Student's t. A method
-trains like float32 if that interval lies within -3% to 3%. The margin is the same for all tasks and
-was fixed before any method had been run: losses that differ by less are what another seed or a
-slightly different learning rate would give too. It has two sides, so a method whose loss is lower
-can fail: its steps are not those of float32. The learning rates are those that were best in float32
-among a few, on other seeds than the ones reported; they fall linearly to 0.
+In each task and for each seed, every method starts from the same parameters and sees the same
+batches. The comparison is between losses on the whole test set after the last step: the ratio to
+float32's loss for the same seed, less 1, as the mean over the seeds with the 95% interval of
+Student's t. A method trains like float32 if that interval lies within -3% to 3%. This margin is the
+same for all tasks and was fixed before any method was run: a smaller difference would also come
+from another seed or a slightly different learning rate. The margin has two sides, so a method with
+a lower loss can fail: its steps are not those of float32. The learning rates fall linearly to 0.
+They are the best of a few in float32, chosen on other seeds than the ones reported.
 
-Three methods are not ours. The two negative controls must fail somewhere, or the comparison could
-not tell good from bad: bfloat16 rounded to the nearest, where an average stands still once a step
-changes it by less than half the distance to its neighbour, and 8 bits always rounded up, where it
-never falls. The third is the rule of bitsandbytes' RMSprop8bit on a GPU, after its source, version
-0.50.2 (``functional.create_dynamic_map``, ``optim/optimizer.py``, ``csrc/kernels.cu``): second
-moments only, in leaves of 4096 elements or more; codes of 8 bits for the nearest number of a table
-with signs, of which second moments use half; blocks of 256 in the order of memory, each with its
-largest number in float32; and the step is taken before rounding. All methods have eps 1e-8 outside
-the root and decay .99, the defaults there, but for the regression, whose decay is .999.
+Three methods are not ours. Two are negative controls, which must fail somewhere; otherwise the
+comparison could not tell good from bad. One rounds bfloat16 to nearest: an average then stands
+still once a step changes it by less than half the distance to its neighbour. The other always
+rounds 8 bits up: an average then never falls. The third method is the rule of bitsandbytes'
+RMSprop8bit on a GPU, written after its source, version 0.50.2 (``functional.create_dynamic_map``,
+``optim/optimizer.py``, ``csrc/kernels.cu``). It keeps only second moments in 8 bits, in leaves of
+4096 elements or more. A code stands for the nearest number of a signed table, of which second
+moments use half. Blocks of 256 consecutive elements each have their largest element in float32. The
+step is taken before rounding. All methods have eps 1e-8 outside the root and decay 0.99, the
+defaults there, except for the regression, whose decay is 0.999.
 """
 
 from collections.abc import Iterable, Sequence
@@ -53,25 +54,25 @@ from rmsprop_jax._storage import (
     slots_of,
 )
 
-BLOCK = 256  # numbers that share a scale
+BLOCK = 256  # elements that share a scale
 MIN_SIZE = 4096  # leaves of fewer elements stay in float32, as in q8
 
 
 class Rounded(Float32):
-    """A storage that adds in float32, and rounds what it keeps of the sum."""
+    """A storage that adds in float32 and keeps the sum rounded."""
 
     dtypes = FLOAT32.dtypes | {jnp.dtype(jnp.bfloat16)}
 
     def decode(self, slot: Slot) -> jax.Array:
-        """The values of a slot, in float32."""
+        """The values that a slot contains, in float32."""
         raise NotImplementedError
 
     def encode(self, value: jax.Array) -> Slot:
-        """The slot that holds values, rounded."""
+        """A slot that contains the values, rounded."""
         raise NotImplementedError
 
     def dtype(self, slot: Slot) -> jnp.dtype:  # noqa: ARG002
-        """Float32, whatever is stored."""
+        """Float32, however the slot is stored."""
         return jnp.dtype(jnp.float32)
 
     def accumulate(
@@ -84,7 +85,7 @@ class Rounded(Float32):
         low: jax.Array | None = None,
         draw: Draw | None = None,  # noqa: ARG002
     ) -> tuple[Copies, Slot]:
-        """The sum as it is, and rounded."""
+        """The exact sum, and the slot with the rounded one."""
         if isinstance(slot, jax.Array) and slot.dtype == jnp.float32:
             return FLOAT32.accumulate(slot, decay, term, bound, low=low)
         value, _ = FLOAT32.accumulate(self.decode(slot), decay, term, bound, low=low)
@@ -93,62 +94,62 @@ class Rounded(Float32):
 
 @dataclasses.dataclass(frozen=True)
 class Nearest(Rounded):
-    """Every slot in bfloat16, rounded to the nearest."""
+    """Every slot in bfloat16, rounded to nearest."""
 
     def init(self, param: jax.Array, value: Any, **_: Any) -> jax.Array:
-        """A slot full of value."""
+        """A slot filled with value."""
         return full_like(param, value, jnp.bfloat16)
 
     def decode(self, slot: jax.Array) -> jax.Array:
-        """Without loss."""
+        """The values, without loss."""
         return slot.astype(jnp.float32)
 
     def encode(self, value: jax.Array) -> jax.Array:
-        """Each number rounded to the nearest, halves to the even one."""
+        """The elements rounded to nearest, halves to even."""
         return value.astype(jnp.bfloat16)
 
 
 @Packed.register
 class Coded(NamedTuple):
-    """Places in a table, uint8 of the parameter's shape, and a float32 scale for each block."""
+    """Indices into a table, uint8 of the parameter's shape, and a float32 scale for each block."""
 
     codes: jax.Array
     scales: jax.Array
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of the parameter."""
+        """The shape of the parameter."""
         return self.codes.shape
 
     @property
     def dtype(self) -> jnp.dtype:
-        """That of the values."""
+        """The dtype of the values."""
         return self.scales.dtype
 
 
 @dataclasses.dataclass(frozen=True)
 class Table(Rounded):
-    """Second moments as numbers of a table from 0 to 1, times a scale for each block of 256.
+    """Second moments as entries of a table from 0 to 1, times a scale for each block of 256.
 
-    Either the nearest number, times the largest of the block; or the next one up, times a power of
-    two, so that what lies in the table stays what it was whatever its neighbours do.
+    Either the nearest entry, times the largest element of the block; or the next entry up, times a
+    power of two, so that an element that is in the table does not change with its neighbours.
     """
 
     numbers: tuple[float, ...]
     up: bool
 
     def init(self, param: jax.Array, value: Any, *, field: str = "nu", **_: Any) -> Slot:
-        """A slot full of value; in float32 if it is no second moment, or of a small leaf."""
+        """A slot filled with value; float32 for other slots than nu and for small leaves."""
         wide = FLOAT32.init(param, value)
         return self.encode(wide) if field == "nu" and param.size >= MIN_SIZE else wide
 
     def decode(self, slot: Coded) -> jax.Array:
-        """Number times scale."""
+        """Entry times scale."""
         values = jnp.asarray(self.numbers, jnp.float32)[_blocks(slot.codes)]
         return _unblocked(values * slot.scales[:, None], slot.shape)
 
     def encode(self, value: jax.Array) -> Coded:
-        """The nearest number of the table, of two as near the lower one, or the next one up."""
+        """The nearest entry of the table, the lower one of two equally near, or the next one up."""
         x = _blocks(value)
         scales = jnp.max(x, axis=1)
         if self.up:
@@ -161,7 +162,7 @@ class Table(Rounded):
 
 
 def _blocks(x: jax.Array) -> jax.Array:
-    """The elements in the order of memory, in rows of 256, the last filled up with zeros."""
+    """The elements in memory order, in rows of 256; the last row is padded with zeros."""
     return jnp.pad(x.ravel(), (0, -x.size % BLOCK)).reshape(-1, BLOCK)
 
 
@@ -170,9 +171,9 @@ def _unblocked(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def dynamic_map() -> tuple[float, ...]:
-    """Bitsandbytes' numbers that are not negative, 129 of its 256.
+    """The 129 non-negative numbers of the 256 in bitsandbytes' table.
 
-    In the decade that ends at 10^-k there are 2^(6 - k): the middles of as many equal parts.
+    The decade that ends at 10^-k has 2^(6 - k) of them: the midpoints of as many equal parts.
     """
     numbers = [0.0, 1.0]
     for k in range(7):
@@ -182,7 +183,7 @@ def dynamic_map() -> tuple[float, ...]:
 
 
 def four_bits() -> tuple[float, ...]:
-    """The numbers of 4 significant bits in the 31 octaves below 1, with 0 and 1."""
+    """All numbers of 4 significant bits in the 31 octaves below 1, and 0 and 1."""
     return (0.0, *(j / 16 * 2.0**-k for k in range(30, -1, -1) for j in range(8, 16)), 1.0)
 
 
@@ -197,7 +198,7 @@ METHODS: dict[str, Storage] = {
 
 
 def optimizer(task: Task, storage: Storage) -> optax.GradientTransformation:
-    """RMSProp with a rate that falls to 0, which counts its own steps."""
+    """RMSProp with a learning rate that falls to 0 by a step count of its own."""
     return optax.chain(
         rmsprop(
             task.learning_rate,
@@ -226,7 +227,7 @@ def train(task: Task, storage: Storage, seeds: Iterable[int], bar: tqdm) -> NDAr
     for seed in seeds:
         params = task.init(seed)
         own, *others = tx.init(params)
-        # What is random in a storage depends on the number of the step: let each seed have its own.
+        # Stochastic rounding depends on the step count, so each seed starts at a count of its own.
         state = (own._replace(count=jnp.int32(seed << 20)), *others)
         params, _ = trained(task, seed, params, state, step)
         losses.append(float(evaluate(params, *test)))
@@ -235,7 +236,7 @@ def train(task: Task, storage: Storage, seeds: Iterable[int], bar: tqdm) -> NDAr
 
 
 def held(task: Task, storage: Storage) -> tuple[float, float]:
-    """The share of second moments in fewer than 32 bits, and the bytes of state a parameter."""
+    """The share of second moments in fewer than 32 bits, and bytes of state per parameter."""
     params = task.init(0)
     own, *_ = optimizer(task, storage).init(params)
     slots = jax.tree.leaves(slots_of(own.nu), is_leaf=is_packed)

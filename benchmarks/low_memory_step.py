@@ -1,13 +1,14 @@
-"""What does small state cost and save? Steps with state in 8 and 16 bits beside float32 and Optax.
+"""What does small state cost and save? Steps with 8 and 16 bits, float32 state, and Optax.
 
     python benchmarks/low_memory_step.py            # minutes; writes results/low_memory_step.json
-    python benchmarks/low_memory_step.py --quick    # seconds; only shows that it runs
+    python benchmarks/low_memory_step.py --quick    # seconds; checks that it runs, writes nothing
 
-A step is update and apply_updates with donated buffers, of one leaf and of GPT-2. Ratios are of the
-storage's time to that of rmsprop with float32 state, and to that of optax.rmsprop: medians over
-alternating pairs, with quartiles. Bytes are a parameter: moved, as XLA counts what its kernels read
-and write, and temporary, beside arguments and results. GB/s is the former over the time, beside
-that of a kernel that adds 1. Compiling is of one program each.
+A step is update and apply_updates with donated buffers, on one leaf and on GPT-2. Ratios divide the
+storage's time by that of rmsprop with float32 state, and by that of optax.rmsprop: medians over
+alternating pairs, with quartiles. Bytes are per parameter: "moved" as XLA counts what its kernels
+read and write, "temporary" what is needed beside arguments and results. GB/s is the bytes moved
+divided by the time; a row of its own has that of a kernel that adds 1. Compilation is timed for one
+program each.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,20 +1,20 @@
-"""Do parameters in bfloat16 train like float32 ones? Test losses, paired by seed.
+"""Do bfloat16 parameters train like float32 ones? Test losses, paired by seed.
 
     python benchmarks/low_precision_quality.py          # writes results/low_precision_quality.json
-    python benchmarks/low_precision_quality.py --quick  # only shows that it runs, writes nothing
+    python benchmarks/low_precision_quality.py --quick  # checks that it runs, writes nothing
 
-All networks compute in bfloat16, forward and back, so gradients are in bfloat16; all methods start
-a seed from the same parameters, rounded to bfloat16, and see the same batches. The reference has
-float32 parameters, which are rounded to bfloat16 for each step: standard mixed precision. A method
-trains like it if the 95% interval of the relative difference of the losses on the test set lies
-within -3% to 3%, a margin fixed before any method had been run, with learning rates that were
-chosen in float32. They fall linearly to 0. The rule has eps 1e-8 outside the root and decay .99,
-but for the regression, whose decay is .999, and the CNN, which has momentum .9.
+All networks compute in bfloat16, forward and backward, so gradients are in bfloat16. For each seed,
+all methods start from the same parameters, rounded to bfloat16, and see the same batches. The
+reference has float32 parameters, which are rounded to bfloat16 for each step: standard mixed
+precision. A method trains like the reference if the 95% interval of the relative difference between
+their test losses lies within -3% to 3%. This margin was fixed before any method was run, and the
+learning rates were chosen in float32; they fall linearly to 0. The rule has eps 1e-8 outside the
+root and decay 0.99, except for the regression, whose decay is 0.999; the CNN has momentum 0.9.
 
-The negative control is bfloat16 as it is, which must fail somewhere. Everything in float32 stands
-beside the reference to show what computing in bfloat16 costs. With `pip install flashoptim-jax`,
-its Adam without a first moment, the same rule, stands beside ours where there is no momentum; its
-count starts late, so that its correction of bias is 1.
+The negative control has plain bfloat16 parameters, and must fail somewhere. Another row computes
+everything in float32, which shows what computing in bfloat16 costs. After
+`pip install flashoptim-jax`, its Adam without a first moment, which is the same rule, is added
+where there is no momentum; its count starts late, so that its bias correction is 1.
 """
 
 from collections.abc import Callable, Sequence
@@ -46,42 +46,42 @@ from _tasks import (
 from rmsprop_jax import low_memory, rmsprop
 from rmsprop_jax._arrays import unfused
 
-STEPS = 1 << 20  # more than in any run
+STEPS = 1 << 20  # more than any run has
 STORAGES = {"float32": None, "`q8`": low_memory.q8()}
 
 
 class Optimizer(NamedTuple):
     """A transformation that applies its own updates."""
 
-    init: Callable[[Params, int], Any]  # of parameters and the seed of what it rounds
-    step: Callable[[Params, Any, Params], tuple[Params, Any]]  # of parameters, state, gradients
+    init: Callable[[Params, int], Any]  # takes parameters, and the seed of the rounding
+    step: Callable[[Params, Any, Params], tuple[Params, Any]]  # takes parameters, state, gradients
 
 
 class Method(NamedTuple):
-    """What is held, and how it is trained."""
+    """How parameters and state are held, and how they are trained."""
 
     parameters: str
     state: str
-    optimizer: Callable[[Task], Optimizer | None]  # none where it has no such rule
+    optimizer: Callable[[Task], Optimizer | None]  # None if it has no such rule
     held: Dtype = jnp.bfloat16  # of the parameters
     computed: Dtype = jnp.bfloat16
 
 
 def falling(task: Task) -> Callable[[jax.Array], jax.Array]:
-    """The learning rate: from the task's to 0, of a count of steps that begins anywhere."""
+    """The learning rate, from the task's to 0; the count may begin at any multiple of STEPS."""
     schedule = optax.linear_schedule(task.learning_rate, 0.0, task.steps)
     return lambda count: schedule(count % STEPS)
 
 
 def ours(task: Task, storage: Any = None, bits: int | None = None) -> Optimizer:
-    """RMSProp, with master weights of so many bits if any."""
+    """RMSProp, with master weights if bits are given."""
     rule = rmsprop(
         falling(task), task.decay, eps_in_sqrt=False, momentum=task.momentum, storage=storage
     )
     tx = low_memory.master_weights(rule, bits) if bits else rule
 
     def init(params: Params, seed: int) -> Any:
-        # What is random depends on the number of the step: let each seed have its own.
+        # Stochastic rounding depends on the step count, so each seed starts at a count of its own.
         count, state = jnp.int32(seed * STEPS), tx.init(params)
         if bits:
             state = state._replace(inner_state=state.inner_state._replace(count=count))
@@ -90,7 +90,7 @@ def ours(task: Task, storage: Any = None, bits: int | None = None) -> Optimizer:
     def step(params: Params, state: Any, grads: Params) -> tuple[Params, Any]:
         zero = state.count >> 31
         updates, state = tx.update(grads, state, params)
-        # Rounded before they are added, in each of the programs.
+        # All programs round the updates before adding them.
         updates = jax.tree.map(lambda u: unfused(u, zero), updates)
         return optax.apply_updates(params, updates), state
 
@@ -98,7 +98,7 @@ def ours(task: Task, storage: Any = None, bits: int | None = None) -> Optimizer:
 
 
 def flashoptim(task: Task, quantize: bool) -> Optimizer | None:
-    """Adam without a first moment, of 24 bits."""
+    """FlashOptim's Adam without a first moment, with weights of 24 bits."""
     if task.momentum:
         return None
     from flashoptim_jax import flash_adam
@@ -109,18 +109,18 @@ def flashoptim(task: Task, quantize: bool) -> Optimizer | None:
         b2=task.decay,
         master_weight_bits=24,
         quantize=quantize,
-        fused=False,  # for GPUs alone
+        fused=False,  # its fused form needs a GPU
     )
 
     def init(params: Params, seed: int) -> Any:  # noqa: ARG001
-        # Some of its arrays are one and the same, which cannot be donated.
+        # Some of its arrays are the same buffer, which cannot be donated twice.
         return jax.tree.map(jnp.copy, tx.init(params)._replace(count=jnp.int32(STEPS)))
 
     return Optimizer(init, tx.step)
 
 
 def methods() -> list[Method]:
-    """The reference is the first."""
+    """All methods, with the reference first."""
     found = [
         Method("float32", "float32", ours, held=jnp.float32),
         Method("float32, computed in it", "float32", ours, jnp.float32, jnp.float32),
@@ -138,7 +138,7 @@ def methods() -> list[Method]:
 
 
 def rounded(tree: Params, dtype: Dtype) -> Params:
-    """To the nearest, halves up as in master weights, by bits: XLA may leave out a conversion."""
+    """Rounds to nearest, halves up as master weights do; on bits, as XLA may skip conversions."""
 
     def cut(x: jax.Array) -> jax.Array:
         bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
@@ -151,7 +151,7 @@ def rounded(tree: Params, dtype: Dtype) -> Params:
 def train(
     task: Task, method: Method, seeds: Sequence[int], bar: tqdm
 ) -> tuple[NDArray[np.float64], float] | None:
-    """The test loss after the last step of each seed; bytes a parameter of parameters and state."""
+    """Test losses after the last step, one per seed, and bytes per parameter held in all."""
     optimizer = method.optimizer(task)
     if not optimizer:
         bar.update(len(seeds))
@@ -185,7 +185,7 @@ def train(
 
 
 def compare(tasks: dict[Dtype, Task], seeds: Sequence[int], bar: tqdm) -> list[_results.Row]:
-    """A row for each method, of a task in each dtype to compute in."""
+    """A row for each method; tasks has one task for each dtype to compute in."""
     rows, reference = [], None
     for method in methods():
         task = tasks[method.computed]

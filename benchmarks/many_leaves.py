@@ -1,15 +1,15 @@
-"""What do many small arrays cost, and would packing them into one pay?
+"""What do many small arrays cost, and would packing them into one pay off?
 
     python benchmarks/many_leaves.py             # minutes; writes results/many_leaves.json
-    python benchmarks/many_leaves.py --quick     # seconds; only shows that it runs
+    python benchmarks/many_leaves.py --quick     # seconds; checks that it runs, writes nothing
 
-A jitted training step (gradients of a sum of squares, update, apply_updates; donated) over leaves
-of 60 small shapes, where the time is that of arrays crossing into and out of the program, and of
-starting kernels. Packed, the state is one array a slot: gradients are joined, 32 at a time or, by
-`optax.flatten`, all at once, and the updates are cut up again.
+Times a jitted training step (gradients of a sum of squares, update, apply_updates; donated) over
+leaves of 60 small shapes. Its time goes into passing arrays into and out of the program and into
+starting kernels. Packed, the state is one array per slot: gradients are concatenated, 32 at a time
+or, by `optax.flatten`, all at once, and the updates are cut apart again.
 
-Ratios are of the packed to the plain time, medians over alternating pairs with quartiles; seconds
-of compilation are of one program, from its trace on.
+Ratios are packed / plain, medians over alternating pairs with quartiles. Seconds of compilation are
+for one program, including its trace.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,7 +31,7 @@ from rmsprop_jax import rmsprop
 
 
 def joined(tree: Any) -> jax.Array:
-    """All numbers of a tree in one array, 32 leaves at a time."""
+    """All elements of a tree in one array, concatenated 32 leaves at a time."""
     parts = [leaf.ravel() for leaf in jax.tree.leaves(tree)]
     while len(parts) > 1:
         parts = [jnp.concatenate(parts[i : i + 32]) for i in range(0, len(parts), 32)]
@@ -40,7 +40,7 @@ def joined(tree: Any) -> jax.Array:
 
 
 def packed(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The same, with a state of one array a slot."""
+    """The same transformation, with a state of one array per slot."""
 
     def init(params: Any) -> Any:
         return tx.init(joined(params))
@@ -61,7 +61,7 @@ WAYS: dict[str, Callable[[Any], Any]] = {"by 32": packed, "optax.flatten": optax
 
 
 def program(tx: optax.GradientTransformation, leaves: int) -> tuple[Callable[[], Any], float]:
-    """Makes five steps; and the seconds until it can."""
+    """A function that makes five steps, and the seconds until it was ready."""
 
     def loss(params: Any) -> jax.Array:
         return optax.tree.sum(jax.tree.map(lambda leaf: jnp.square(leaf - 0.5), params))
@@ -72,7 +72,7 @@ def program(tx: optax.GradientTransformation, leaves: int) -> tuple[Callable[[],
     params = small_leaves(leaves)
     carry = [params, jax.jit(tx.init)(params)]
     start = time.perf_counter()
-    # Called as users do: how arrays enter a program is part of what is timed.
+    # Called as users do, because how arrays enter a program is part of what is timed.
     jitted = jax.jit(step, donate_argnums=(0, 1))
     carry[:] = jax.block_until_ready(jitted(*carry))
     seconds = time.perf_counter() - start

@@ -1,13 +1,13 @@
-"""How many bytes does the state hold, and how many does a step need on top?
+"""How many bytes does the state take, and how many does a step need on top?
 
     python benchmarks/memory.py             # seconds; writes results/memory.json
-    python benchmarks/memory.py --quick     # the same of two small trees; writes nothing
+    python benchmarks/memory.py --quick     # two small trees; writes nothing
 
-Bytes are a parameter: of all arrays of the state, and of the temporary memory of a compiled step
+Bytes are per parameter: of all arrays of the state, and of the temporary memory of a compiled step
 (update and apply_updates, donated) over one leaf of 16.8 million parameters. Optax's state is that
-of optax.rmsprop. That of bitsandbytes' RMSprop, which has neither momentum nor a centered form, is
-counted by the rule of its source (version 0.50.2, `optim/optimizer.py`): a byte a number and a
-float32 for each 256 numbers, and float32 for arrays of fewer than 4096.
+of optax.rmsprop. bitsandbytes' RMSprop has neither momentum nor a centered form; its state is
+counted by the rule in its source (version 0.50.2, `optim/optimizer.py`): one byte per element and a
+float32 for each 256 elements, and float32 for arrays of fewer than 4096.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from libraries import FORMS, STORAGES
 from rmsprop_jax import rmsprop
 from trees import ONE_LEAF, TREES, Shapes, parameters
 
-# Of these only what a step needs on top is of interest: their state is that of momentum.
+# Only the temporary memory of these is of interest: their state is that of momentum.
 STEPS: dict[str, dict[str, Any]] = {
     "nesterov": {"momentum": 0.9, "nesterov": True},
     "cautious": {"momentum": 0.9, "cautious": True},
@@ -32,7 +32,7 @@ STEPS: dict[str, dict[str, Any]] = {
 
 
 def state(tx: optax.GradientTransformation, shapes: Shapes) -> float:
-    """Bytes a parameter."""
+    """Bytes of state per parameter."""
     held = sum(array.size * array.dtype.itemsize for array in libraries.state_of(tx, shapes))
     return held / parameters(shapes)
 
@@ -44,7 +44,7 @@ def bitsandbytes(shapes: Shapes) -> float:
 
 
 def transformations(form: str) -> dict[str, optax.GradientTransformation | None]:
-    """None for what Optax has not."""
+    """The transformations to compare; None where Optax has no such form."""
     switches: dict[str, Any] = (FORMS | STEPS)[form]
     ours = {name: rmsprop(1e-3, **switches, storage=storage) for name, storage in STORAGES.items()}
     theirs = None if "cautious" in switches else optax.rmsprop(1e-3, **switches)

@@ -1,26 +1,26 @@
-"""Is what the pages say of GPUs so, on the one that is here? Correctness, bits, speed and memory.
+"""Is what the pages say about GPUs true on this one? Correctness, bits, speed and memory.
 
     python benchmarks/on_gpu.py                # minutes; writes results/on_gpu_*.json
     python benchmarks/on_gpu.py --out FOLDER   # writes them there
     python benchmarks/on_gpu.py --quick        # seconds, on any device; writes only with --out
 
-It needs no more than the library, from a checkout with PYTHONPATH, and jax with CUDA; PyTorch, if
-it is there for CUDA, is timed too. Files are written row by row. The exit status is 1 if a row is
-out of its bound or a section fails; the others are made all the same.
+Run from a checkout, with PYTHONPATH set to it, this needs only the library's dependencies and jax
+with CUDA. PyTorch is timed as well if it is installed for CUDA. Files are written row by row. The
+exit status is 1 if a row exceeds its bound or a section fails; the other sections still run.
 
-correctness  The rule in each dtype against a loop in NumPy's float64, twenty steps over numbers of
-             18 orders of magnitude (10 in float16). Errors are relative to the largest update of
-             their coordinate, or to the smallest normal number. Extremes are the largest numbers,
-             the smallest, and infinities, which are to give finite updates; a NaN in one of seven
-             coordinates is to stay in its own.
-bits         The numbers of small state that differ from those that the processor of this machine
-             comes to with the same gradients.
+correctness  The rule in each dtype compared with a loop in NumPy's float64: twenty steps over
+             numbers of 18 orders of magnitude (10 in float16). Errors are relative to the largest
+             update of their coordinate, or to the smallest normal number. Extremes are the largest
+             numbers, the smallest, and infinities, which must give finite updates; a NaN in every
+             seventh coordinate must stay in its own.
+bits         The elements of small state that differ from those that this machine's CPU computes
+             from the same gradients.
 step         Times of update and apply_updates, jitted and donated; ratios are medians over
-             alternating pairs, with quartiles. GB/s is what `x + 1` in place, of as many numbers,
-             reads and writes. Beside it, "of x + 1" is the share of it that a step has of the bytes
-             that have to move: gradients read, parameters and state read and written, and what has
-             8 bits read once more, for its largest number.
-memory       Bytes a parameter, of the state and of a compiled step beside its arguments.
+             alternating pairs, with quartiles. GB/s is what `x + 1` in place reads and writes, for
+             as many elements. "of x + 1" is the share of that speed at which a step moves the bytes
+             that have to move: gradients read, parameters and state read and written, and 8-bit
+             codes read once more, for their largest element.
+memory       Bytes per parameter, of the state and of a compiled step beside its arguments.
 """
 
 from collections.abc import Iterator, Sequence
@@ -72,7 +72,7 @@ def correctness(quick: bool) -> Found:
 
 
 def bits(quick: bool) -> Found:
-    """Of leaves large enough for 8 bits."""
+    """Compares states of leaves that are large enough for 8 bits."""
     shapes = {"matrix": (64, 128), "tall": (1031, 7), "vector": (5000,), "kernel": (3, 3, 32, 48)}
     steps = 3 if quick else 20
     rng = np.random.default_rng(0)
@@ -121,7 +121,7 @@ def state_after(tx: optax.GradientTransformation, update: Any, grads: Any, devic
 
 
 def differing(here: Any, there: Any) -> tuple[int, int]:
-    """How many numbers there are in two trees of arrays, and in how many of them bits differ."""
+    """How many elements two trees of arrays have, and how many are not bit-identical."""
     numbers = different = 0
     for a, b in zip(jax.tree.leaves(here), jax.tree.leaves(there), strict=True):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
@@ -132,7 +132,7 @@ def differing(here: Any, there: Any) -> tuple[int, int]:
 
 
 def speed(quick: bool) -> Found:
-    """Steps, and the memory that they need."""
+    """Times of steps, and the memory that they need."""
     networks = {"one leaf, 16.8M": ONE_LEAF, "GPT-2": TREES["GPT-2"]}
     large: Shapes = [(16384, 16384)]
     available = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
@@ -141,7 +141,7 @@ def speed(quick: bool) -> Found:
     if quick:
         networks = {"two leaves": [(64, 96), (8,)]}
     for name, shapes in networks.items():
-        # So many that a device of 2 TB/s has work for some 50 ms.
+        # So many that they keep a device of 2 TB/s busy for about 50 ms.
         steps, pairs = (1, 2) if quick else (5 * 10**9 // parameters(shapes), 8)
         for form in FORMS:
             yield from of_form(name, shapes, form, functools.partial(timed, steps, pairs))
@@ -152,7 +152,7 @@ def timed(steps: int, pairs: int, theirs: libraries.Step, ours: libraries.Step) 
 
 
 def of_form(name: str, shapes: Shapes, form: str, compare: Any) -> Found:
-    """A row for the table of steps, and one for that of memory."""
+    """A row for the table of steps, and one for the table of memory."""
     numbers = parameters(shapes)
     txs = {"optax": optax.rmsprop(1e-3, **FORMS[form])}
     for storage, held in STORAGES.items():
@@ -197,7 +197,7 @@ def of_form(name: str, shapes: Shapes, form: str, compare: Any) -> Found:
 
 
 def torch(form: str, shapes: Shapes) -> libraries.Step | None:
-    """PyTorch's, where it is installed for this device."""
+    """PyTorch's step, if it is installed for this device."""
     make = libraries.others().get("torch foreach")
     return make(FORMS[form], shapes) if make else None
 
@@ -213,12 +213,12 @@ def nbytes(arrays: Sequence[jax.ShapeDtypeStruct]) -> int:
     return sum(array.size * array.dtype.itemsize for array in arrays)
 
 
-# By the tables that they fill.
+# Each with the tables that it fills.
 SECTIONS = {("correctness",): correctness, ("bits",): bits, ("step", "memory"): speed}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """How many rows are out of bounds and how many sections have failed."""
+    """The number of rows that exceed their bounds plus that of sections that failed."""
     parser = _results.parser(__doc__)
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: benchmarks/results")
     args = _results.parse(parser, argv)
@@ -239,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if folder:
                     _results.write(folder / f"on_gpu_{name}.json", tables[name])
                 say(name, *row.values())
-        except Exception:  # whatever it is, the other sections are of use
+        except Exception:  # whatever it is, the other sections are still useful
             traceback.print_exc()
             failures += 1
         say(f"done: {' and '.join(names)}")
@@ -251,5 +251,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
-        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.6")  # PyTorch needs some, too
+        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.6")  # PyTorch needs the rest
     raise SystemExit(main() > 0)

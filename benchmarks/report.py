@@ -2,9 +2,10 @@
 
     python benchmarks/report.py
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`. NAME is that of a result file, or
-`targets`, which are judged as printed, to two decimals, or `headline`, a few of them without
-judgement. Nothing between the two marks is written by hand. A missing file is reported.
+A table is everything between `<!-- table: NAME -->` and `<!-- end -->`; do not edit it by hand.
+NAME is that of a result file, or `targets`, all targets and whether they are met, judged as
+printed, to two decimals, or `headline`, some of the targets without that verdict. A missing result
+file is reported in place.
 """
 
 from collections.abc import Callable
@@ -35,7 +36,7 @@ def load(name: str) -> dict[str, Any]:
 
 
 class Target(NamedTuple):
-    """A figure that is to be at most a limit, in every row that it names."""
+    """An upper limit for a column of a benchmark, in every row that `rows` selects."""
 
     what: str
     limit: float
@@ -45,7 +46,7 @@ class Target(NamedTuple):
     headline: bool = False
 
     def row(self) -> Row:
-        """What was measured, over all of its rows."""
+        """The lowest and highest value measured in its rows, as a row of the table."""
         results = load(self.benchmark)
         rows = [row for row in results["rows"] if self.rows(row)]
         found = [float(row[self.column]) for row in rows if self.column in row]
@@ -61,7 +62,7 @@ class Target(NamedTuple):
 
 
 def in_float32(row: Row) -> bool:
-    """Whether the parameters are, and the state."""
+    """Whether parameters and state are in float32."""
     return "master weights" not in row["form"]
 
 
@@ -89,7 +90,13 @@ TARGETS = (
     Target(
         "trace and lower a network's step, ours / Optax", 0.7, "compilation", "ratio", of_networks
     ),
-    Target("the same with `init`", 0.5, "compilation", "ratio, with init", of_networks),
+    Target(
+        "trace and lower `init` and the step, ours / Optax",
+        0.5,
+        "compilation",
+        "ratio, with init",
+        of_networks,
+    ),
     Target(
         "compile a network's step, ours / Optax",
         1.25,
@@ -132,7 +139,7 @@ def rendered(name: str) -> str:
 
 
 def render(text: str) -> str:
-    """The page, with its tables as the result files have them."""
+    """The page, with its tables filled from the result files."""
     return TABLE.sub(lambda found: f"{found[1]}{rendered(found[2])}\n{found[3]}", text)
 
 
@@ -146,7 +153,7 @@ NAMES = {
 
 
 def grouped_bars(axes: Any, rows: list[Row], series: dict[str, str]) -> None:
-    """Horizontal bars: a group a row, a bar a series, which names a column of the rows."""
+    """Horizontal bars: one group per row, one bar per series, which names a column."""
     height = 0.84 / len(series)
     for i, (label, column) in enumerate(series.items()):
         at = np.arange(len(rows)) + (i - (len(series) - 1) / 2) * height
@@ -162,7 +169,7 @@ def grouped_bars(axes: Any, rows: list[Row], series: dict[str, str]) -> None:
 
 
 def draw_steps(figure: Figure) -> None:
-    """Of every form and every network, the time of our step over that of each library."""
+    """The time of our step divided by each library's, for every form and every network."""
     steps = [row for row in load("step")["rows"] if in_float32(row)]
     libraries = [name.removeprefix("ours / ") for name in steps[0] if name.startswith("ours / ")]
     forms = list(dict.fromkeys(row["form"] for row in steps))
@@ -179,13 +186,13 @@ def draw_steps(figure: Figure) -> None:
 
 
 def draw_memory(figure: Figure) -> None:
-    """Of every form, the bytes of state a parameter in Optax and in each storage of ours."""
+    """Bytes of state per parameter in Optax and in each of our storages, for every form."""
     held = [row for row in load("memory")["rows"] if row["parameters"] == "ResNet-50"]
     rows = [row | {"parameters": row["form"]} for row in held]
     kinds = {"Optax": "optax"} | {f"ours, {kind}": kind for kind in ("float32", "bfloat16", "q8")}
     axes = figure.subplots()
     grouped_bars(axes, rows, {label: f"state, {kind}" for label, kind in kinds.items()})
-    axes.set(xlabel="bytes of state a parameter, ResNet-50: shorter is less memory")
+    axes.set(xlabel="bytes of state per parameter, ResNet-50: a shorter bar is less memory")
     axes.legend()
 
 

@@ -1,13 +1,13 @@
-"""What does a step cost that touches some rows of a table? Beside Optax's dense one.
+"""What does a step cost that touches some rows of a table, compared with Optax's dense step?
 
     python benchmarks/rows.py             # minutes; writes results/rows.json
-    python benchmarks/rows.py --quick     # seconds; only shows that it runs
+    python benchmarks/rows.py --quick     # seconds; checks that it runs, writes nothing
 
-A table has 64 columns, a batch so many indices at random, with repetitions; table and state are
+A table has 64 columns; a batch is a number of random indices, with repetitions. Table and state are
 donated. The dense step scatters the gradients of the batch into one of the whole table, as
-`jax.grad` with respect to a table does, and makes `optax.rmsprop`'s update of that. Ours is
-`rows.update`, after `rows.advance` where there is momentum. Times are medians over alternating
-pairs; temporary memory is that of the compiled step. The two largest tables need 13 GB together.
+`jax.grad` with respect to a table does, and applies `optax.rmsprop`'s update to it. Ours is
+`rows.update`, after `rows.advance` if there is momentum. Times are medians over alternating pairs;
+temporary memory is that of the compiled step. The two largest tables need 13 GB together.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +30,7 @@ Batch = tuple[jax.Array, jax.Array]  # indices of rows, and a gradient for each
 
 
 def sparse(form: dict[str, Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The init and the step of ours."""
+    """Init and step of ours."""
     tx = rmsprop(1e-3, **form)
 
     def step(table: jax.Array, state: Any, indices: jax.Array, grads: jax.Array) -> Any:
@@ -42,7 +42,7 @@ def sparse(form: dict[str, Any]) -> tuple[Callable[..., Any], Callable[..., Any]
 
 
 def dense(form: dict[str, Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Of Optax's."""
+    """Init and step of Optax's."""
     tx = optax.rmsprop(1e-3, **form)
 
     def step(table: jax.Array, state: Any, indices: jax.Array, grads: jax.Array) -> Any:
@@ -56,7 +56,7 @@ def dense(form: dict[str, Any]) -> tuple[Callable[..., Any], Callable[..., Any]]
 def compiled(
     functions: tuple[Callable[..., Any], Callable[..., Any]], size: int, batch: Batch
 ) -> tuple[Callable[[], Any], int]:
-    """Makes the step again and again; the bytes of its temporary memory."""
+    """A function that makes one step more, and the bytes of its temporary memory."""
     init, step = functions
     table = jnp.ones((size, WIDTH))
     carry = [table, init(table)]
@@ -72,13 +72,13 @@ def compiled(
 
 
 def cases(quick: bool) -> Iterator[tuple[int, int, str]]:
-    """Rows, indices and form: the table grows, then the batch."""
+    """Numbers of rows and indices, and the form: first the table grows, then the batch."""
     for form in FORMS:
         if quick:
             yield 1000, 16, form
             continue
         yield from ((10**k, 4096, form) for k in range(4, 7))
-        if form == "plain":  # with momentum two tables of that size are too much for this machine
+        if form == "plain":  # with momentum, two such tables would need too much memory
             yield 10**7, 4096, form
         yield from ((10**6, batch, form) for batch in (256, 1024, 16384))
 

@@ -1,25 +1,25 @@
-"""What does each device hold, and how long is a step, where the state is whole and where split?
+"""What does each device hold, and how long is a step, with a replicated and with a sharded state?
 
     python benchmarks/scaling.py                 # minutes; writes results/scaling.json
-    python benchmarks/scaling.py --quick         # seconds; only shows that it runs
+    python benchmarks/scaling.py --quick         # seconds; checks that it runs, writes nothing
     python benchmarks/scaling.py --width 8192    # a network large enough for accelerators
 
 A step is gradients, update and apply_updates with donated buffers, of four dense layers, by rmsprop
-with momentum. Its batch, of one size, is split over 1, 2, 4, ... devices, as many as there are, and
-its arrays lie there in four ways: parameters and state whole on each ("replicated"), both split,
-with parameters gathered for use (FSDP), and only the state split (ZeRO-1), by zero1 under jit or by
-zero1_mapped inside shard_map.
+with momentum. A batch of fixed size is split over 1, 2, 4, ... devices, as many as there are. The
+arrays are placed in four ways: parameters and state on every device ("replicated"); both sharded,
+with parameters gathered for use (FSDP); and only the state sharded (ZeRO-1), by zero1 under jit or
+by zero1_mapped inside shard_map.
 
-MB are 1e6 bytes, on one device: of the arrays after a step, and of the temporary memory of its
-compiled form, in whose text the collectives are counted: one can be of many arrays, and a TPU's
-fused all-reduce-scatter counts as an all-reduce. Ratios are of a way's time to that of replicated
-on as many devices, medians over alternating pairs, with quartiles; that of replicated to itself
-shows the noise.
+MB are 1e6 bytes on one device: of the arrays after a step, and of the temporary memory of the
+compiled step. Collectives are counted in the text of that program; one of them can cover many
+arrays, and a TPU's fused all-reduce-scatter counts as an all-reduce. Ratios compare the time with
+that of "replicated" on as many devices, as medians over alternating pairs, with quartiles; the
+ratio of "replicated" to itself shows the noise.
 
-Without accelerators the devices are eight virtual ones of one processor, and share its cores and
-its memory. What devices do side by side they do in turn, as their updates of a whole state: so the
-times do not show how a step scales. Bytes and collectives are those of devices apart, as XLA
-compiles for processors. With accelerators the result file is named after them.
+Without accelerators, the devices are eight virtual ones on one CPU, which share its cores and its
+memory. What real devices would do in parallel, such as their updates of a replicated state, they do
+one after another, so the times do not show how a step scales. Bytes and collectives are those of
+separate devices, as XLA compiles for CPUs. With accelerators, the result file is named after them.
 """
 
 import collections
@@ -29,7 +29,7 @@ import os
 import re
 from typing import Any, NamedTuple
 
-# Before jax starts. On few cores, devices that wait for each other need more threads than cores.
+# Read when jax starts. Virtual devices wait for each other, and need more threads than cores.
 os.environ.setdefault("NPROC", "32")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 
@@ -51,10 +51,10 @@ LAYERS = 4
 
 
 class Step(NamedTuple):
-    """A compiled step, the bytes on a device, and what goes between devices."""
+    """A compiled step, the bytes on a device, and the collectives between devices."""
 
     run: Callable[[], Any]
-    numbers: int  # in all parameters
+    numbers: int  # elements in all parameters
     state: int
     params: int
     temporary: float
@@ -89,7 +89,7 @@ def step_of(way: str, mesh: Mesh, width: int, batch: int) -> Step:
         tx = sharding.zero1_mapped(tx, "data")
 
     def loss_of(params: Any, data: Any) -> jax.Array:
-        if way == "FSDP":  # or XLA may send the examples to where parameters are
+        if way == "FSDP":  # otherwise XLA may move the examples to the parameters
             params = jax.lax.with_sharding_constraint(params, whole)
         return loss(params, data)
 
@@ -124,7 +124,7 @@ def step_of(way: str, mesh: Mesh, width: int, batch: int) -> Step:
 
 
 def held(tree: Any) -> int:
-    """Bytes of a tree on the device that has most of it."""
+    """Bytes of a tree on the device that holds most of it."""
     held_by: collections.Counter[jax.Device] = collections.Counter()
     for array in jax.tree.leaves(tree):
         for shard in array.addressable_shards:
@@ -149,7 +149,7 @@ def row(devices: int, way: str, step: Step, pair: _timing.Pair) -> _results.Row:
 
 def main(argv: list[str] | None = None) -> list[_results.Row]:
     parser = _results.parser(__doc__)
-    parser.add_argument("--width", type=int, help="of each layer: 1024, or 64 if quick")
+    parser.add_argument("--width", type=int, help="of each layer; default 1024, or 64 if quick")
     args = _results.parse(parser, argv)
 
     width, batch, pairs = (64, 16, 2) if args.quick else (1024, 256, 20)

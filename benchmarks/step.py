@@ -1,19 +1,19 @@
-"""How long is a step beside the same step of other libraries, and beside what the memory allows?
+"""How fast is a step compared with other libraries, and with what the memory allows?
 
     python benchmarks/step.py             # minutes; writes results/step.json
-    python benchmarks/step.py --quick     # seconds; only shows that it runs, and writes nothing
+    python benchmarks/step.py --quick     # seconds; checks that it runs, writes nothing
 
-A step is update and apply_updates, jitted, with donated buffers. Keras runs on JAX, jitted and
-donated too; PyTorch eagerly, over all arrays at once (foreach) or one after the other (single).
-Those that are not installed are left out.
+A step is update and apply_updates, jitted, with donated buffers. Keras runs on JAX, also jitted and
+donated; PyTorch runs eagerly, over all arrays at once (foreach) or one by one (single). Libraries
+that are not installed are left out.
 
-Ratios are ours / theirs, medians over alternating pairs, that of Optax with its quartiles: below 1,
-we are faster. GB/s counts what any implementation has to move, once: gradients read, parameters and
-state read and written; its share is of what a kernel that adds 1 in place, to an array as large as
-all parameters, reads and writes in the same seconds, timed in alternation with ours. Bytes are a
-parameter: moved as XLA counts what its kernels read and write, temporary what the compiled step
-needs beside its arguments. With master weights, of 24 bits, our parameters and gradients are in
-bfloat16, and theirs in float32 as before.
+Ratios are ours / theirs, medians over alternating pairs, for Optax with quartiles: below 1, ours is
+faster. GB/s counts the bytes that any implementation has to move, once: gradients read, parameters
+and state read and written. "of x + 1" is this speed as a share of that of a kernel that adds 1 in
+place to an array as large as all parameters, timed in alternation with ours. Bytes are per
+parameter: "moved" as XLA counts what its kernels read and write, "temporary" what the compiled step
+needs beside its arguments. With master weights of 24 bits, our parameters and gradients are in
+bfloat16, and theirs still in float32.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,7 +30,7 @@ from trees import ONE_LEAF, TREES, Shapes, parameters
 
 
 class Form(NamedTuple):
-    """A form of the rule; the bytes a parameter that our step has to move; our step."""
+    """A form of the rule, the bytes per parameter that our step has to move, and our step."""
 
     theirs: dict[str, Any]
     needed: int
@@ -38,12 +38,12 @@ class Form(NamedTuple):
 
 
 def float32(form: str, slots: int) -> Form:
-    """Gradients are read, parameters and slots read and written."""
+    """A float32 form: gradients are read, parameters and slots read and written."""
     return Form(FORMS[form], 4 + 8 * (1 + slots), functools.partial(libraries.ours, FORMS[form]))
 
 
 def master_weights(storage: str, slot: int) -> Form:
-    """Gradients of 2 bytes, parameters of 2 and corrections of 1, and so many for a slot."""
+    """Gradients of 2 bytes, parameters of 2, corrections of 1, and a slot of `slot` bytes."""
     ours = functools.partial(libraries.master_weights, storage)
     return Form(FORMS["plain"], 2 + 2 * (2 + 1 + slot), ours)
 

@@ -1,14 +1,14 @@
-"""What does a whole training step hold? Compiled for an H200, where none is, and asked of XLA.
+"""How much memory does a whole training step hold? Compiled for an H200, without one.
 
     .venv-gpu/bin/python benchmarks/training_memory.py    # writes results/training_memory.json
     .venv-gpu/bin/python benchmarks/training_memory.py --quick    # one form, small; writes nothing
 
-`make test-gpu` makes that environment. The network is eight dense layers, of 16.8 million
-parameters each, on a batch so small that parameters are all that counts; the step is its gradient,
-clipped by its norm, so that all of it is there at once, update and apply_updates, with donated
-buffers. Bytes are a parameter: counted, of the arrays; and the peak of the compiled program, with
-all that it holds between. Standard mixed precision has float32 parameters that are rounded to
-bfloat16 for each step.
+`make test-gpu` creates that environment. The network is eight dense layers of 16.8 million
+parameters each, on a batch so small that only parameters count. The step is the gradient, clipped
+by its global norm so that all of it exists at once, update and apply_updates, with donated buffers.
+Bytes are per parameter: those of the arrays, counted, and the peak of the compiled program, with
+everything that it holds in between. Standard mixed precision has float32 parameters that are
+rounded to bfloat16 for each step.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ LAYERS, BATCH = 8, 16
 
 
 class Way(NamedTuple):
-    """What is held and computed in which dtype, and the bits of master weights if any."""
+    """The dtypes of parameters and computation, the storage, and the bits of master weights."""
 
     held: str
     computed: str
@@ -115,5 +115,5 @@ def main(argv: Sequence[str] | None = None) -> list[_results.Row]:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # where this process runs
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # for this process itself
     main()

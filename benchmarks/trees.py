@@ -1,12 +1,12 @@
 """The shapes of the parameters of five networks, counted as their papers build them.
 
-    python benchmarks/trees.py    # prints how many leaves, shapes and parameters each has
+    python benchmarks/trees.py    # prints the leaves, shapes and parameters of each
 
 He, Zhang, Ren and Sun, arXiv:1512.03385 (ResNet-50); Tan and Le, arXiv:1905.11946
 (EfficientNet-B7); Dosovitskiy and others, arXiv:2010.11929 (ViT-B/16); Radford and others,
-"Language models are unsupervised multitask learners", 2019 (GPT-2, its smallest). Kernels are laid
-out as in Flax, outputs last. Touvron and others, arXiv:2302.13971 (Llama, its smallest), for
-arithmetic alone.
+"Language models are unsupervised multitask learners", 2019 (GPT-2, the smallest). Kernels are laid
+out as in Flax, with outputs last. Touvron and others, arXiv:2302.13971 (Llama, the smallest), is
+used only in calculations.
 """
 
 from collections.abc import Iterator
@@ -43,7 +43,7 @@ def efficientnet_b7() -> Shapes:
     """2.0 times as wide and 3.1 times as deep as EfficientNet-B0."""
 
     def wide(channels: int) -> int:
-        return 2 * channels  # a multiple of 8 in all of its stages
+        return 2 * channels  # a multiple of 8 in every stage
 
     def stages() -> Iterator[Shapes]:
         inputs = wide(32)
@@ -60,7 +60,7 @@ def efficientnet_b7() -> Shapes:
                 hidden, squeezed = expand * inputs, inputs // 4
                 if expand > 1:
                     yield conv(1, inputs, hidden)
-                yield conv(size, 1, hidden)  # one kernel a channel
+                yield conv(size, 1, hidden)  # one kernel per channel
                 yield [(1, 1, hidden, squeezed), (squeezed,)]
                 yield [(1, 1, squeezed, hidden), (hidden,)]
                 inputs = wide(channels)
@@ -72,7 +72,7 @@ def efficientnet_b7() -> Shapes:
 
 
 def transformer(layers: int, width: int) -> Shapes:
-    """Layers of two norms, attention whose queries, keys and values are one matrix, and an MLP."""
+    """Layers of two norms, attention with one matrix for queries, keys and values, and an MLP."""
     norm = [(width,), (width,)]
     attention = dense(width, 3 * width) + dense(width, width)
     mlp = dense(width, 4 * width) + dense(4 * width, width)
@@ -89,7 +89,7 @@ def gpt2() -> Shapes:
 
 
 def llama_7b() -> Shapes:
-    """Without biases; a norm has a scale alone, and the MLP a gate."""
+    """A transformer without biases; a norm has only a scale, and the MLP has a gate."""
     width, hidden, vocabulary = 4096, 11008, 32000
     attention, norms = 4 * [(width, width)], 2 * [(width,)]
     mlp = [(width, hidden), (width, hidden), (hidden, width)]

@@ -1,4 +1,4 @@
-"""What every test runs under: eight devices, strict promotion, and programs compiled once."""
+"""The settings of every test: eight devices, strict promotion, and a compilation cache."""
 
 import hashlib
 import os

@@ -1,4 +1,4 @@
-"""A tree of parameters and its mapping, and each framework's conversions of it, there and back."""
+"""A tree of parameters and its mapping, and each framework's conversions in both directions."""
 
 import functools
 

@@ -1,7 +1,7 @@
-"""The numbers of ``low_memory.q8`` and its rounding, a second time: NumPy, from the definition.
+"""``low_memory.q8``, its numbers and its rounding, implemented again in NumPy from the definition.
 
-Every number has a place on a grid. What is to be stored lies between two neighbours of the grid
-and becomes one of them, with the probability that makes the mean right.
+Every element has a place on a grid. A value to be stored lies between two neighbours on the grid
+and becomes one of them, with the probability that makes the mean correct.
 """
 
 from typing import NamedTuple

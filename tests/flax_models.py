@@ -1,4 +1,4 @@
-"""The models of tests/compare/models.py in Flax, linen and NNX."""
+"""The models of tests/compare/models.py, in linen and NNX."""
 
 from flax import linen, nnx
 import jax.numpy as jnp

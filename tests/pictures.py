@@ -1,4 +1,4 @@
-"""What every picture of the examples and the benchmarks is."""
+"""What holds for every picture of the examples and the benchmarks."""
 
 import struct
 

@@ -1,7 +1,7 @@
-"""RMSProp written a second time: a loop over NumPy arrays, from the definitions.
+"""RMSProp implemented again from its definitions, as a loop over NumPy arrays.
 
-It imports nothing of the library and shares none of its tricks. Averages are sums over the
-whole history with explicit weights, the variance takes a second pass over it, and the
+It imports nothing from the library and shares none of its tricks. Averages are sums over the whole
+history with explicit weights, the variance takes a second pass over that history, and the
 arithmetic is in NumPy's long double.
 """
 

@@ -1,15 +1,15 @@
-"""RMSProp on the rows of a table, in NumPy's float64, as the frameworks of TensorFlow define it.
+"""RMSProp on the rows of a table, in float64 NumPy, as TensorFlow's frameworks define it.
 
-It imports nothing of the library. A batch names rows of the table and has a gradient for each; a
-row may be named more than once, and its gradients then add up. There are two meanings:
+It imports nothing from the library. A batch names rows of the table and has a gradient for each. A
+row may be named more than once; its gradients then add up. There are two meanings:
 
-- lazy: the rows that the batch names make a step. The others keep their place and their slots.
+- lazy: the rows that the batch names make a step. The others keep their values and their slots.
 - dense: all rows make a step, those that are not named with a gradient of 0. Their slots decay,
   and with momentum they move.
 
-TensorFlow 1 and Sonnet are lazy; Keras's legacy optimizer is so with momentum, and dense without;
+TensorFlow 1 and Sonnet are lazy. Keras's legacy optimizer is lazy with momentum, and dense without;
 its successor in tf_keras and Keras 3 are dense. Keras 3 does not add up the gradients of a repeated
-row before it squares them: its mean square takes in the sum of the squares.
+row before squaring them: its mean square contains the sum of the squares.
 """
 
 from typing import NamedTuple

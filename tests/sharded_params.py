@@ -1,4 +1,4 @@
-"""Parameters that eight devices can split, and transformations that are tried on them."""
+"""Parameters that eight devices can shard, and transformations to test on them."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""What tests of states in 8 and 16 bits share: forms, how they are run, and what they hold."""
+"""What the tests of 8- and 16-bit states share: forms, runs, and what the states hold."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""The tasks of the benchmarks of quality, on little data that are made here."""
+"""The tasks of the quality benchmarks, on small synthetic data."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""One problem with leaves of every kind, for tests of all that states of each storage live in."""
+"""A problem with leaves of every kind, for tests that run in each storage."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""The benchmarks run, count right, and their pages say what their results say."""
+"""The benchmarks run, count correctly, and their page shows their results."""
 
 import functools
 import itertools

@@ -1,4 +1,4 @@
-"""The comparison of parameters in bfloat16 in training: its methods, its control, its verdicts."""
+"""The training comparison of bfloat16 parameters: its methods, its control, its verdicts."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Losses paired by seed, and what is said of them."""
+"""Losses paired by seed, and the verdicts on them."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""What the benchmarks of quality train."""
+"""The tasks that the quality benchmarks train."""
 
 import os
 

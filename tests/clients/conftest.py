@@ -1,7 +1,7 @@
-"""The forms in which a client's program is run, with ours and with the same of Optax.
+"""The forms in which a client's program is run, with our RMSProp and with Optax's.
 
-Each test says which difference was measured between the two, the largest in any number. That is
-rounding: the two take the same sums and products in other orders.
+Each test states the largest difference that was measured between the two, in any element. It is
+rounding: the two compute the same sums and products in different orders.
 """
 
 import pytest

@@ -1,4 +1,4 @@
-"""Variational inference in BlackJAX: Stein's, of particles, and a mean field."""
+"""Variational inference in BlackJAX: Stein variational gradient descent and a mean field."""
 
 import chex
 import jax

@@ -1,4 +1,4 @@
-"""Equinox models, trained as in its documentation; not all of their leaves are floating."""
+"""Equinox models, trained as in its documentation; some of their leaves are not floating."""
 
 import chex
 import jax

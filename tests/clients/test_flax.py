@@ -1,4 +1,4 @@
-"""Flax: parameters in boxes, train states with integers in them, optimizers that are copied."""
+"""Flax: boxed parameters, train states that contain integers, and copied optimizers."""
 
 import copy
 import functools

@@ -1,4 +1,4 @@
-"""JAXopt's solver that steps with an Optax transformation."""
+"""The JAXopt solver that steps with an Optax transformation."""
 
 import warnings
 

@@ -1,4 +1,4 @@
-"""A ground state in NetKet, whose parameters are complex, in double precision as it asks for."""
+"""A ground state in NetKet, with complex parameters in double precision, as it requires."""
 
 import chex
 import jax

@@ -1,8 +1,8 @@
 """The runs in which the dialects of rmsprop_jax are compared with their frameworks.
 
-A case names the arguments of one optimizer as its framework names them, and the learning rate of
-every step. All cases of a kind have the same gradients and the same start, from a fixed seed.
-It needs NumPy only: tests read the recorded results of what is listed here.
+A case gives the arguments of one optimizer by its framework's names, and the learning rate of every
+step. All cases of a kind have the same gradients and the same start, from a fixed seed. This module
+needs only NumPy: tests read the recorded results of the cases listed here.
 """
 
 import hashlib

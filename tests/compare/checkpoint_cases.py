@@ -1,7 +1,7 @@
-"""Which runs begin in one framework and end in another.
+"""The runs that begin in one framework and end in another.
 
-A run trains two variables, a kernel and a bias, on given gradients for cases.STEPS steps. Half way,
-after K, there is a checkpoint.
+A run trains two variables, a kernel and a bias, on given gradients for cases.STEPS steps. Its
+checkpoint is taken halfway, after K steps.
 """
 
 from typing import Any, NamedTuple

@@ -1,9 +1,9 @@
-"""The frameworks themselves, in the runs of checkpoint_cases.py.
+"""Runs of the cases in checkpoint_cases.py by the frameworks themselves.
 
-RUN[framework](case, dtype, first, last) gives the parameters after the steps from first to last and
-the checkpoint there, a file of the framework, written and read as its users do; it begins with
-another checkpoint and other parameters if it is given them. Frameworks are imported inside the
-functions.
+RUN[framework](case, dtype, first, last) returns the parameters after the steps from first to last,
+and the checkpoint at that point: a file of the framework, written and read as its users do. If
+given another checkpoint and other parameters, it starts from those. Frameworks are imported inside
+the functions.
 """
 
 import io

@@ -1,4 +1,4 @@
-"""What rmsprop_jax makes of the runs of checkpoint_cases.py and of their checkpoints."""
+"""rmsprop_jax continues the runs of checkpoint_cases.py from their checkpoints."""
 
 import functools
 import json

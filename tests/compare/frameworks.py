@@ -1,12 +1,12 @@
 """Each framework's RMSProp, run on given gradients as its users run it.
 
-RUN[framework](gradients [steps, n], start [n], rates, options) gives the parameters after every
+RUN[framework](gradients [steps, n], start [n], rates, options) returns the parameters after every
 step, [steps, n], in the dtype of the gradients. rates is the learning rate of each step, or None
-for the default; options are arguments under the framework's names. Frameworks are imported inside
-the functions, so that each process needs only its own.
+for the default; options are arguments by the framework's names. Frameworks are imported inside the
+functions, so each process needs only its own.
 
-In float64, numbers are handed over in such a form that the framework keeps them in double
-precision, where it has one: most make float32 of a plain number.
+Most frameworks convert a plain number to float32. In float64, numbers are passed in the form that
+the framework keeps in double precision, if it has one.
 """
 
 from collections.abc import Callable

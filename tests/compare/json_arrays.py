@@ -1,4 +1,4 @@
-"""Trees of arrays as JSON has them: an array is its dtype and its values."""
+"""Trees of arrays in JSON: an array becomes its dtype and its values."""
 
 import numpy as np
 

@@ -1,17 +1,17 @@
-"""Small models of PyTorch and Keras, whose weights, gradients and training ours are held against.
+"""Small models of PyTorch and Keras, whose weights, gradients and training ours are tested against.
 
-RUN[framework](name) gives, in float64, a model's parameters at the start, after K and after 2 K
-steps on the same batch, the checkpoint of its RMSProp after K, its outputs and gradients at the
-start, and its running statistics, which are not at their first values. All random numbers are from
-a fixed seed of NumPy.
+RUN[framework](name) returns, in float64, a model's parameters at the start, after K and after 2 K
+steps on the same batch; the checkpoint of its RMSProp after K; its outputs and gradients at the
+start; and its running statistics, which differ from their initial values. All random numbers come
+from a fixed NumPy seed.
 
 cnn       a convolution, batch norm, and a linear layer on the flattened image, not square
 sequence  an embedding, layer norm, two layers of LSTM and a linear layer
-gru       the same with two layers of GRU
+gru       as sequence, with two layers of GRU
 attention an embedding, two layers of attention, with and without biases, and a linear layer
 volume    a convolution in 3 dimensions, group norm, a convolution in 1 dimension
 
-Keras computes means and matrix products in float32 here: what it gives is as exact as that.
+Keras computes means and matrix products in float32 here, so its results are only as accurate.
 """
 
 import numpy as np

@@ -1,10 +1,10 @@
 """Records checkpoints of bitsandbytes' RMSprop, for tests/convert/test_bitsandbytes.py.
 
     python tests/compare/record_bitsandbytes.py             # writes the file in tests/fixtures
-    python tests/compare/record_bitsandbytes.py --check     # compares a run of now with that file
+    python tests/compare/record_bitsandbytes.py --check     # compares a new run with that file
 
-Two arrays take 2 K steps in 32 bits, and K in 8. The file has the gradients, the arrays half way
-and at the end, the state_dict half way of each, and what bitsandbytes itself makes of 8 bits.
+Two arrays take 2 K steps in 32 bits, and K in 8. The file contains the gradients, the arrays
+halfway and at the end, both state_dicts halfway, and bitsandbytes' own decoding of its 8 bits.
 """
 
 import argparse

@@ -3,19 +3,19 @@
 For tests/convert/test_continuation.py and test_models.py:
 
     python tests/compare/record_convert.py             # writes tests/fixtures/convert_*.npz
-    python tests/compare/record_convert.py --check     # compares runs of now with those files, and
-                                                       # begun here and ended there, and vice versa
+    python tests/compare/record_convert.py --check     # compares new runs with those files, and
+                                                       # continues ours there and theirs here
     python tests/compare/record_convert.py --check --only pytorch timm
 
-The runs are those of checkpoint_cases.py and models.py, each framework in a process of its own. A
-file holds for each case and dtype the framework's checkpoint half way, the parameters there, and
-those at the end of the uninterrupted run; what models.py gives; the versions, and a checksum of the
-gradients.
+The runs are those of checkpoint_cases.py and models.py, each framework in a process of its own. For
+each case and dtype, a file contains the framework's checkpoint and parameters halfway, and the
+parameters at the end of the uninterrupted run. It also contains the results of models.py, the
+versions, and a checksum of the gradients.
 
 --check prints a table and fails if a difference exceeds its tolerance: 1e-11 in float64 and 5e-5 in
-float32, for parameters in units of the way from the start plus one learning rate, for a checkpoint
-in units of each array's largest number. What is centered in float32 is compared with the float64 of
-the framework, and begins with its checkpoint.
+float32. Differences between parameters are divided by the distance from the start plus one learning
+rate, those between checkpoints by each array's largest element. Centered forms in float32 start
+from the framework's float64 checkpoint, and are compared with its float64 run.
 """
 
 import argparse

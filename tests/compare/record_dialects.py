@@ -1,18 +1,19 @@
 """Records runs of other frameworks' RMSProp, for tests/dialects/test_frameworks.py.
 
     python tests/compare/record_dialects.py            # writes tests/fixtures/dialects_*.npz
-    python tests/compare/record_dialects.py --check    # compares runs of now with those files, and
-                                                       # our dialects with the runs of now
+    python tests/compare/record_dialects.py --check    # compares new runs with those files, and
+                                                       # our dialects with the new runs
     python tests/compare/record_dialects.py --check --only pytorch timm
 
-The runs are those of cases.py, each framework in a process of its own. A file holds the parameters
-after some steps of each case in float64 and float32, [case, step, n]; those of the features, under
-feature/variable; the names of the cases, the framework's version and a checksum of the gradients.
+The runs are those of cases.py, each framework in a process of its own. A file contains the
+parameters after some steps of each case in float64 and float32, [case, step, n], those of the
+features under feature/variable, the names of the cases, the framework's version and a checksum of
+the gradients.
 
---check prints a table and fails if a difference exceeds its tolerance. In units of the way from the
-start plus one learning rate, it may be 1e-11 in float64, and 5e-5 in float32 or where the framework
-rounds its own defaults to float32. What is centered in float32 is compared with the float64 of the
-framework, whose v - m^2 cancels.
+--check prints a table and fails if a difference exceeds its tolerance. Differences are divided by
+the distance from the start plus one learning rate. They may be 1e-11 in float64, and 5e-5 in
+float32 or where the framework rounds its own defaults to float32. Centered forms in float32 are
+compared with the framework's float64, because its v - m^2 cancels.
 """
 
 import argparse

@@ -1,14 +1,14 @@
-"""Records the forms in which PyTorch gives a checkpoint, for tests/convert/test_forms.py.
+"""Records the forms in which PyTorch saves a checkpoint, for tests/convert/test_forms.py.
 
     python tests/compare/record_forms.py             # writes tests/fixtures/forms_pytorch.json
-    python tests/compare/record_forms.py --check     # compares a run of now with that file, and
-                                                     # ends in PyTorch what was a state of ours
+    python tests/compare/record_forms.py --check     # compares a new run with that file, and
+                                                     # continues in PyTorch from a state of ours
 
-A network with batch norm is trained in float64, each of its layers a group; half way there is a
-checkpoint. The file holds the data; the model's state_dict half way and at the end; the optimizer's
-half way in each form; the names in state_dicts of wrapped models; the model at the end of a run in
-which the norm is frozen half way; and of runs in which momentum or centered is switched off half
-way, the checkpoint and the model at the end.
+A network with batch norm is trained in float64, with each of its layers in a group of its own, and
+checkpointed halfway. The file contains the data; the model's state_dict halfway and at the end; the
+optimizer's state_dict halfway in each form; the names in the state_dicts of wrapped models; the
+model at the end of a run in which the norm is frozen halfway; and, for runs in which momentum or
+centered is switched off halfway, the checkpoint and the model at the end.
 """
 
 import argparse

@@ -1,12 +1,13 @@
-"""Records files that Keras saves half way in a run, for tests/convert/test_keras_file.py.
+"""Records files that Keras saves halfway through a run, for tests/convert/test_keras_file.py.
 
     python tests/compare/record_keras_files.py          # writes tests/fixtures/keras_files.json
-    python tests/compare/record_keras_files.py --check  # compares a run of now with that file, and
-                                                        # ends in Keras what was a state of ours
+    python tests/compare/record_keras_files.py --check  # compares a new run with that file, and
+                                                        # continues in Keras from a state of ours
 
-A network whose first layer is frozen is trained in float64, once by RMSProp alone and once within
-all that Keras can put around it. The fixture holds the data; the model at the end; and of each kind
-of file half way the groups, attributes and arrays, of a .keras file also the optimizer's config.
+A network whose first layer is frozen is trained in float64, once by RMSProp alone and once inside
+everything that Keras can wrap around it. The fixture contains the data; the model at the end; and
+for each kind of file its groups, attributes and arrays, for a .keras file also the optimizer's
+config.
 """
 
 import argparse

@@ -1,10 +1,11 @@
 """Records runs of SimpleNet under PyTorch's RMSprop with a checkpoint, for resume_from_pytorch.py.
 
     python tests/compare/record_resume.py            # writes tests/fixtures/resume_torch.npz
-    python tests/compare/record_resume.py --check    # compares runs of now with that file
+    python tests/compare/record_resume.py --check    # compares new runs with that file
 
-The file holds the data (x, y); of each run the losses of all epochs and the checkpoint after half
-of them, as arrays under PyTorch's names and its param_groups as JSON; and the version of PyTorch.
+The file contains the data (x, y); for each run the losses of all epochs and the checkpoint after
+half of them, as arrays under PyTorch's names and its param_groups as JSON; and the version of
+PyTorch.
 """
 
 import argparse

@@ -1,17 +1,17 @@
 """Records the frameworks' steps on the rows of a table, for tests/rows/test_recorded.py.
 
     python tests/compare/record_rows.py             # writes tests/fixtures/rows_tensorflow.npz
-    python tests/compare/record_rows.py --check     # compares runs of now with that file
+    python tests/compare/record_rows.py --check     # compares new runs with that file
 
-The frameworks are those of TensorFlow; tests/rows_reference.py says what they do. A gradient is a
-tf.IndexedSlices: indices of rows, some of them repeated, and a gradient for each. Among the batches
-are an empty one, one whose repeats cancel, and one that is a single row; of the rows, one rests for
-most of the run and one is never named. Keras takes repeats its own way, and most of its cases have
-rows apart: the same gradients, of rows that differ.
+The frameworks are those of TensorFlow; tests/rows_reference.py describes what they do. A gradient
+is a tf.IndexedSlices: indices of rows, some of them repeated, and a gradient for each. The batches
+include an empty one, one whose repeats cancel, and one with a single row. One row is not touched
+for most of the run, and one is never touched. Keras treats repeats differently, so most of its
+cases use the same gradients with rows that all differ.
 
-The file holds the batches and the start; the table after every step of each case in float64 and
-float32, [case, step, row, column], and the slots at the end in float64, [case, slot, row, column],
-NaN where a case has none; the names of the cases and the versions.
+The file contains the batches and the start; the table after every step of each case in float64 and
+float32, [case, step, row, column]; the slots at the end in float64, [case, slot, row, column], NaN
+where a case has none; the names of the cases; and the versions.
 """
 
 import argparse

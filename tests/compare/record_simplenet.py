@@ -1,9 +1,9 @@
 """Records ten epochs of SimpleNet under PyTorch's RMSprop, for tests/examples/test_simplenet.py.
 
     python tests/compare/record_simplenet.py            # writes tests/fixtures/simplenet_torch.npz
-    python tests/compare/record_simplenet.py --check    # compares a run of now with that file
+    python tests/compare/record_simplenet.py --check    # compares a new run with that file
 
-The file holds the data (x, y), the weights before (initial/...) and after (final/...) under
+The file contains the data (x, y), the parameters before (initial/...) and after (final/...) under
 PyTorch's names and in its layout, the losses, and the version of PyTorch.
 """
 

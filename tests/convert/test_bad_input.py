@@ -1,4 +1,4 @@
-"""Bad input of conversions: an error that names the entry, and nothing is changed."""
+"""Bad input of conversions raises an error that names the entry, and changes nothing."""
 
 import copy
 import dataclasses

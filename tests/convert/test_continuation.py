@@ -1,7 +1,7 @@
-"""Runs that another framework begins and we end, against recorded checkpoints of the framework.
+"""Runs that another framework begins and we continue, compared with its recorded checkpoints.
 
-tests/compare/record_convert.py says what is recorded, and ends what we begin: that needs the
-frameworks themselves.
+tests/compare/record_convert.py describes what is recorded. It also continues in the frameworks what
+we begin, for which they have to be installed.
 """
 
 import jax

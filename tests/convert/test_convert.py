@@ -1,6 +1,6 @@
 """Conversion of states: identities, the learning rate in buffers, wrappers, placement.
 
-What PyTorch, Keras and TensorFlow themselves say of it is in test_continuation.py.
+Comparisons with PyTorch, Keras and TensorFlow themselves are in test_continuation.py.
 """
 
 import copy

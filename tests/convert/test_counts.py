@@ -1,4 +1,4 @@
-"""How many updates were made, wherever the state of Optax has it; schedules go on from there."""
+"""The number of updates, wherever an Optax state keeps it; schedules continue from it."""
 
 import functools
 

@@ -1,6 +1,6 @@
-"""The forms in which people have PyTorch's checkpoints, as PyTorch itself gave them.
+"""The forms in which PyTorch checkpoints occur, as recorded from PyTorch itself.
 
-tests/compare/record_forms.py says what is recorded, and ends in PyTorch what has been through ours.
+tests/compare/record_forms.py describes what is recorded, and continues in PyTorch from our states.
 """
 
 from flax import linen, nnx

@@ -1,4 +1,4 @@
-"""Parameters that are frozen: tx keeps no state for them, and the framework may or may not."""
+"""Frozen parameters, for which tx keeps no state and the framework may or may not."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""Groups of PyTorch and timm: names, rules, and what of them a transformation can be."""
+"""Groups of PyTorch and timm: their names, their rules, and the transformations they allow."""
 
 import numpy as np
 import optax

@@ -1,4 +1,4 @@
-"""Conversions of what ``optax.inject_hyperparams`` wraps, whose numbers are in its state."""
+"""Conversions with ``optax.inject_hyperparams``, which keeps hyperparameters in its state."""
 
 import jax.numpy as jnp
 import numpy as np

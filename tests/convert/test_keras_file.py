@@ -1,7 +1,7 @@
-"""Files of Keras, without Keras: what is in them, and runs that go on from them.
+"""Keras files, without Keras: what they contain, and runs that continue from them.
 
-tests/compare/record_keras_files.py says what is recorded, and reads the files themselves by h5py;
-here a stand-in reads what is recorded of them.
+tests/compare/record_keras_files.py describes what is recorded, and reads the files with h5py; here
+a stand-in reads the recorded contents.
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""The config of Keras's optimizer, as the arguments of ``dialects.keras``."""
+"""The config of Keras's optimizer, converted to arguments of ``dialects.keras``."""
 
 import optax
 import pytest

@@ -1,4 +1,4 @@
-"""What the ready-made mappings name and refuse; test_models.py says that it is right."""
+"""What the ready-made mappings name and refuse; test_models.py tests that they are correct."""
 
 from flax import linen, nnx
 import jax

@@ -1,4 +1,4 @@
-"""Mappings of parameters to the arrays of another framework, and parameters by them."""
+"""Mappings of parameters to arrays of another framework, and parameters converted by them."""
 
 import contextlib
 

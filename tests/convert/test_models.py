@@ -1,6 +1,6 @@
-"""Whole models by the ready-made mappings, against recorded runs of the frameworks' own.
+"""Whole models converted by the ready-made mappings, compared with recorded runs of the frameworks.
 
-tests/compare/models.py says what the models are, and tests/flax_models.py what they are in Flax.
+tests/compare/models.py defines the models, and tests/flax_models.py their counterparts in Flax.
 """
 
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""Conversion from and to optax.rmsprop, in all its forms, against Optax itself."""
+"""Conversion from and to optax.rmsprop, in all its forms, tested against Optax itself."""
 
 import jax
 import jax.numpy as jnp

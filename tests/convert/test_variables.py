@@ -1,4 +1,4 @@
-"""What Keras and TensorFlow 1 keep: variables by their paths, from files, slots by their names."""
+"""Variables of Keras and TensorFlow 1: by their paths, from files, and slots by their names."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Programs for GPUs, compiled ahead of time by jax's CUDA plugin where it is: no GPU is needed."""
+"""Programs for GPUs, compiled without a GPU by jax's CUDA plugin, if it is installed."""
 
 import pytest
 

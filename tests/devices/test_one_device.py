@@ -1,4 +1,4 @@
-"""States traced where there is one device: in a process of its own, since others have eight."""
+"""States traced on one device, in a separate process because other tests have eight."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Programs for TPUs, compiled ahead of time by libtpu where it is installed: no TPU is needed."""
+"""Programs for TPUs, compiled without a TPU by libtpu, if it is installed."""
 
 import collections
 import os

@@ -1,4 +1,4 @@
-"""The dialects against the loop of reference.py and by what they refuse.
+"""The dialects compared with the loop of reference.py, and the arguments they refuse.
 
 Recorded runs of the frameworks themselves are in test_frameworks.py.
 """

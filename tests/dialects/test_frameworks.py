@@ -1,6 +1,6 @@
-"""Our dialects against recorded runs of the frameworks that they are named after.
+"""Our dialects compared with recorded runs of the frameworks they are named after.
 
-tests/compare/record_dialects.py says what is recorded and what the tolerances are.
+tests/compare/record_dialects.py describes what is recorded, and the tolerances.
 """
 
 import collections

@@ -1,4 +1,4 @@
-"""The pages of the site, as its navigation and the public modules have them."""
+"""The pages of the site, according to its navigation and the public modules."""
 
 import inspect
 from pathlib import Path

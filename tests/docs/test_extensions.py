@@ -1,4 +1,4 @@
-"""What the site makes of docstrings, signatures, links and equations."""
+"""How the site renders docstrings, signatures, links and equations."""
 
 import textwrap
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""The built site in a browser, as wide as a desk's and a phone's, without a network."""
+"""The built site in a browser without a network, as wide as a desktop and as a phone."""
 
 import functools
 import http.server

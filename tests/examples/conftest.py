@@ -1,4 +1,4 @@
-"""What every test of an example runs under."""
+"""The settings of all tests of examples."""
 
 import jax
 import pytest

@@ -1,4 +1,4 @@
-"""The examples on airfoil data, against loops in NumPy in float64 with derivatives by hand."""
+"""The examples on airfoil data, compared with float64 NumPy loops and manual derivatives."""
 
 import contextlib
 import functools

@@ -1,4 +1,4 @@
-"""The example on parameters in bfloat16, against its network and steps in NumPy."""
+"""The example on bfloat16 parameters, compared with its network and steps in NumPy."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""The example on text, against the same network, loss and text in NumPy, in float64."""
+"""The example on text, compared with its network, loss and text in float64 NumPy."""
 
 import hashlib
 import os

@@ -1,4 +1,4 @@
-"""The example of DQN, against equations solved and loops in float64 NumPy."""
+"""The DQN example, compared with solved equations and loops in float64 NumPy."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""The example on word vectors, against its loss, gradients and steps in NumPy, in float64."""
+"""The example on word vectors, compared with its loss, gradients and steps in float64 NumPy."""
 
 import collections
 import hashlib

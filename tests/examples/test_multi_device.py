@@ -1,4 +1,4 @@
-"""The example of many devices: its ways against one device, and that against NNX under Optax."""
+"""The example on many devices: each way against one device, and that against NNX and Optax."""
 
 import math
 import os

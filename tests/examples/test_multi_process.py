@@ -1,7 +1,7 @@
 """The example multi_process.py, run as a user does, while its processes are killed and worse.
 
-Each run is held to one that nothing happened to: the same loss, and the same bits of every
-parameter. Where a wait is bounded, the bound is for a machine busy with other things.
+Each run is compared with an undisturbed one: the loss must be equal, and every parameter
+bit-identical. Time limits allow for a machine that is busy with other things.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""The loader of the examples' data, against a server of this machine that serves as told."""
+"""The loader of the examples' data, against a local server that misbehaves as told."""
 
 import contextlib
 import gzip

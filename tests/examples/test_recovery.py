@@ -1,4 +1,4 @@
-"""How processes agree and recover: here there is one, with eight devices."""
+"""How processes agree and recover, in one process with eight devices."""
 
 import fcntl
 import json

@@ -1,7 +1,7 @@
-"""The example resume_from_pytorch.py, against recorded runs of PyTorch and, if it is here, itself.
+"""The example resume_from_pytorch.py, compared with recorded runs and with PyTorch if installed.
 
-A run resumed in JAX has the losses of the one that PyTorch did not stop, to within 1e-5: float32
-sums of another order, over ten steps of losses of size 1.
+A run resumed in JAX has the losses of the uninterrupted PyTorch run to within 1e-5: float32 sums in
+a different order, over ten steps with losses of size 1.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""SimpleNet, trained by the examples' own code, against PyTorch, NumPy and itself in linen."""
+"""SimpleNet, trained by the examples' code, compared with PyTorch, NumPy and its linen version."""
 
 import functools
 import os

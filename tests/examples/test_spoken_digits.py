@@ -1,4 +1,4 @@
-"""The example on speech, against the same features, network and loss in NumPy, in float64."""
+"""The example on speech, compared with its features, network and loss in float64 NumPy."""
 
 import hashlib
 import io

@@ -1,4 +1,4 @@
-"""The examples on decays and trajectories, against loops in float64 NumPy and identities."""
+"""The examples on decays and trajectories, compared with float64 NumPy loops and identities."""
 
 import contextlib
 import io

@@ -1,4 +1,4 @@
-"""What a storage is made of: its arguments, where it goes, and how it shows itself."""
+"""The arguments of a storage, where it may be used, and how it is printed."""
 
 import functools
 from inspect import signature

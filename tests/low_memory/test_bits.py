@@ -1,4 +1,4 @@
-"""The bits of the rounding: the same in every program, and otherwise as good as random."""
+"""The bits of stochastic rounding: identical in every program, and otherwise as good as random."""
 
 import itertools
 import math

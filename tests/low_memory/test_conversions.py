@@ -1,4 +1,4 @@
-"""Small states to and from frameworks, and from one storage to another."""
+"""Conversions of small states, from and to frameworks and between storages."""
 
 import copy
 import functools

@@ -1,4 +1,4 @@
-"""8 bits where numbers are very large or small, hyperparameters no numbers, or nothing is held."""
+"""8 bits at the edges: very large or small values, NaN hyperparameters, and derivatives."""
 
 import jax
 import jax.numpy as jnp

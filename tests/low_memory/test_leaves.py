@@ -1,4 +1,4 @@
-"""Which leaves are held in how many bits, and with what memory."""
+"""Which leaves are stored in how many bits, and how much memory they take."""
 
 import itertools
 import math

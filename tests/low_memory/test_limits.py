@@ -1,4 +1,4 @@
-"""Gradients that are not finite, decays of 0 and 1, and derivatives: as without a storage."""
+"""Non-finite gradients, decays of 0 and 1, and derivatives: as without a storage."""
 
 import math
 

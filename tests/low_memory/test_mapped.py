@@ -1,4 +1,4 @@
-"""Rounding at random where parameters are parts of what is mapped, by shard_map or pmap."""
+"""Stochastic rounding of parameters that are sharded by shard_map or pmap."""
 
 import functools
 import itertools

@@ -1,4 +1,4 @@
-"""Parameters in bfloat16 with master weights, against float32 parameters and NumPy."""
+"""bfloat16 parameters with master weights, compared with float32 parameters and NumPy."""
 
 import functools
 

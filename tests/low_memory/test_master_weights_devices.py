@@ -1,4 +1,4 @@
-"""Master weights on eight devices: the same bits as on one, in the places of the parameters."""
+"""Master weights on eight devices: bit-identical to one device, placed like the parameters."""
 
 import functools
 import re

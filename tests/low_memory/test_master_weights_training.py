@@ -1,4 +1,4 @@
-"""Training with master weights, against training in float32."""
+"""Training with master weights, compared with training in float32."""
 
 import functools
 import itertools

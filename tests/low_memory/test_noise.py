@@ -1,4 +1,4 @@
-"""What is rounded at random has the right mean and little noise, as an ensemble of trials shows."""
+"""Stochastic rounding has the right mean and little noise, over an ensemble of trials."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What holds of each number that is kept, whatever its neighbours and however it is rounded."""
+"""Properties of every stored element, whatever its neighbours and however it is rounded."""
 
 import itertools
 import math

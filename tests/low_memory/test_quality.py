@@ -1,4 +1,4 @@
-"""The comparison of small states in training: its statistics, its controls, and its verdicts."""
+"""The training comparison of small states: its statistics, its controls, its verdicts."""
 
 import functools
 import json

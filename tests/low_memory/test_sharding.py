@@ -1,4 +1,4 @@
-"""States of few bits on many devices: placed like the parameters, with the same bits as on one."""
+"""Small states on many devices: placed like the parameters, bit-identical to one device."""
 
 import collections
 import contextlib

@@ -1,4 +1,4 @@
-"""Which states a storage takes, and which it refuses: those cast, and those of another."""
+"""The states that a storage accepts, and those it refuses."""
 
 import functools
 import itertools

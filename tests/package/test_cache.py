@@ -1,4 +1,4 @@
-"""The compilation cache that conftest.py keeps: of whom it is, and that it is no danger."""
+"""The compilation cache that conftest.py configures: where it is kept, and that it is safe."""
 
 import os
 from pathlib import Path

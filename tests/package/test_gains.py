@@ -1,4 +1,4 @@
-"""The table of gains on the page "From Optax": both sides of each of its rows."""
+"""The table of gains on the page "From Optax": both sides of every row."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The recipes against the loop of reference.py, fed with the published numbers once more."""
+"""The recipes compared with the loop of reference.py, given the published numbers separately."""
 
 import inspect
 

@@ -1,4 +1,4 @@
-"""What indices may be, and what is refused."""
+"""Which indices are accepted, and what is refused."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Steps on the touched rows go where dense steps go, with zeros for the gradients of the others."""
+"""Steps on the touched rows match dense steps with zero gradients for all other rows."""
 
 import functools
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""Steps on rows in every kind of program: the same bits, in place, on any number of devices."""
+"""Steps on rows in all kinds of program: bit-identical, in place, on any number of devices."""
 
 import functools
 

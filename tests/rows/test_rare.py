@@ -1,4 +1,4 @@
-"""What the guide says of rows that are rarely touched."""
+"""What the guide says about rows that are rarely touched."""
 
 import jax
 import jax.numpy as jnp

@@ -1,6 +1,6 @@
-"""Recorded steps on the rows of a table, against their rules in NumPy.
+"""Recorded steps on the rows of a table, compared with their rules in NumPy.
 
-tests/compare/record_rows.py says what is recorded, tests/rows_reference.py what the rules are.
+tests/compare/record_rows.py describes what is recorded, tests/rows_reference.py the rules.
 """
 
 import jax

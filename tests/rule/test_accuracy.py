@@ -1,4 +1,4 @@
-"""Decays near 1, to the last digit of float32: against the rule in long double, beside Optax."""
+"""Decays near 1, to the last digit of float32, compared with long double and with Optax."""
 
 import jax
 import jax.numpy as jnp

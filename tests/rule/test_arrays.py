@@ -1,4 +1,4 @@
-"""Operations on one array, against NumPy's."""
+"""Operations on one array, compared with NumPy's."""
 
 import jax
 import jax.numpy as jnp

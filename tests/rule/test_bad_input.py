@@ -1,4 +1,4 @@
-"""Every wrong argument, and the words with which it is refused."""
+"""Every wrong argument, and the error that refuses it."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""Equal arguments make equal transformations, and copies of a transformation are equal to it."""
+"""Equal arguments make equal transformations, and copies of a transformation equal it."""
 
 import copy
 import dataclasses

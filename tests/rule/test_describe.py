@@ -1,4 +1,4 @@
-"""What describe says, and where it finds something to say."""
+"""What describe prints, and where it finds a rule."""
 
 import re
 

@@ -1,7 +1,7 @@
-"""Every form of the rule against the loop of reference.py.
+"""Every form of the rule, compared with the loop of reference.py.
 
-Tolerances: in float64, 1e-11 relative (the library rounds some thousand times less finely than
-the loop's long double); in float32, 5e-5 relative and 5e-5 of a learning rate.
+Tolerances: in float64, 1e-11 relative (the library's rounding is a thousand times coarser than the
+loop's long double); in float32, 5e-5 relative and 5e-5 of a learning rate.
 """
 
 import itertools

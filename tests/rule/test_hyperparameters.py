@@ -1,4 +1,4 @@
-"""A hyperparameter is a number, an array or a schedule: the same bits, no new compilation."""
+"""Numbers, arrays and schedules as hyperparameters: bit-identical, without recompilation."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""In the place of optax.rmsprop: the same results from the same arguments."""
+"""As a replacement for optax.rmsprop: the same results from the same arguments."""
 
 import functools
 import inspect

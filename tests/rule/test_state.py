@@ -1,4 +1,4 @@
-"""What the state is: its structure, dtypes and placement, from birth and for ever."""
+"""The structure, dtypes and placement of the state, which never change after init."""
 
 import contextlib
 import itertools

@@ -1,4 +1,4 @@
-"""Leaves without values to move: integers, bools and keys have no state and no update."""
+"""Leaves that cannot be trained: integers, bools and keys have no state and no update."""
 
 import jax
 import jax.numpy as jnp

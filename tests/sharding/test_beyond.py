@@ -1,4 +1,4 @@
-"""What looks beyond one number inside zero1_mapped sees the whole, or is refused."""
+"""Transformations that combine elements see whole arrays in zero1_mapped, or are refused."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Where zero1 is called: on Explicit meshes, inside shard_map, under a mesh that is set."""
+"""Where zero1 may be called: on Explicit meshes, inside shard_map, under a mesh that is set."""
 
 import jax
 import jax.numpy as jnp

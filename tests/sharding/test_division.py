@@ -1,4 +1,4 @@
-"""How even the shares of the devices are, for any number of them: arithmetic, on no device."""
+"""How even the shares of devices are, for any number of them, by arithmetic alone."""
 
 import collections
 import itertools

@@ -1,4 +1,4 @@
-"""What each device holds of a state, in its own memory and in that of the host."""
+"""How much of a state each device holds, in its own memory and in host memory."""
 
 import itertools
 

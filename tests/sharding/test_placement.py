@@ -1,4 +1,4 @@
-"""Where state_sharding says that the arrays of a state belong, through wrappers."""
+"""Where state_sharding places the arrays of a state, through wrappers."""
 
 import functools
 from typing import Any, NamedTuple

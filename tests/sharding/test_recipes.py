@@ -1,4 +1,4 @@
-"""The ways to split that are put together from what is here: each against one device."""
+"""Ways to shard that combine parts of the library, each compared with one device."""
 
 import functools
 import math

@@ -1,4 +1,4 @@
-"""What sharding.report foretells, beside what devices then hold."""
+"""What sharding.report predicts, compared with what devices then hold."""
 
 import itertools
 

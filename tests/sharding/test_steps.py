@@ -1,4 +1,4 @@
-"""The same steps on many devices as on one, however parameters, state and data are spread."""
+"""Steps on many devices equal those on one, however parameters, state and data are sharded."""
 
 import functools
 

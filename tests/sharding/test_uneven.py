@@ -1,4 +1,4 @@
-"""zero1 and zero1_mapped on six devices, which divide few of these shapes."""
+"""zero1 and zero1_mapped on six devices, which divide few of these shapes evenly."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Which rules are in a transformation: all that its init calls, wherever they are; no others."""
+"""The rules a transformation contains: all that its init calls, at any depth, and no others."""
 
 import functools
 

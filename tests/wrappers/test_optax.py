@@ -1,4 +1,4 @@
-"""Inside every wrapper of Optax, in each storage, as alone."""
+"""Inside every wrapper of Optax, in each storage, compared with the rule alone."""
 
 import functools
 

@@ -1,6 +1,6 @@
-"""Optax's own tests of rmsprop and scale_by_rms, with ours in the place of theirs.
+"""Optax's own tests of rmsprop and scale_by_rms, run on ours instead of theirs.
 
-They come with the installed Optax. Left out: test_rms_match_adam, which compares with the
+They come with the installed Optax. test_rms_match_adam is left out, because it compares with the
 rounding error of 1 - decay^t in float32; test_equations shows that identity in float64.
 """
 

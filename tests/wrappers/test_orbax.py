@@ -1,6 +1,7 @@
-"""States saved and restored by Orbax, against what was saved and the run not interrupted.
+"""States saved and restored by Orbax, compared with what was saved and with an uninterrupted run.
 
-Bit for bit, but where a run goes on in other shards than the one it is compared with.
+They are bit-identical, except where a run resumes with other shards than the one it is compared
+with.
 """
 
 from flax import nnx

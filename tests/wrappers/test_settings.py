@@ -1,4 +1,4 @@
-"""Under JAX's strictest settings, in each storage; strict promotion is that of all tests."""
+"""JAX's strictest settings, in each storage; strict promotion is on in all tests."""
 
 import contextlib
 
