@@ -2,6 +2,7 @@
 
 from rmsprop_jax import convert, dialects, low_memory, recipes, rows, sharding
 from rmsprop_jax._describe import describe
+from rmsprop_jax._diagnostics import diagnostics
 from rmsprop_jax._rmsprop import rmsprop, scale_by_rms
 from rmsprop_jax._rule import RMSPropState
 
@@ -9,6 +10,7 @@ __all__ = [
     "RMSPropState",
     "convert",
     "describe",
+    "diagnostics",
     "dialects",
     "low_memory",
     "recipes",

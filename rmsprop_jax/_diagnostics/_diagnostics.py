@@ -1,0 +1,293 @@
+"""What a state, and the gradients that come, say about a run: scalars to log."""
+
+import collections
+from collections.abc import Iterator
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+from jax.tree_util import tree_leaves_with_path
+import optax
+
+from rmsprop_jax import _checks, _equations
+from rmsprop_jax._diagnostics._states import Followed, followed
+from rmsprop_jax._diagnostics._tally import Shape, Tally
+from rmsprop_jax._gradients import counterparts, gradients, without_float0
+from rmsprop_jax._leaves import leaf_name, leaf_type
+from rmsprop_jax._storage import Slot, is_packed, slots_of
+from rmsprop_jax._types import PyTree
+from rmsprop_jax.low_memory._eight_bit import EightBit
+from rmsprop_jax.sharding._arguments import Partition
+from rmsprop_jax.sharding._division import division
+from rmsprop_jax.sharding._zero1_mapped import Zero1Mapped
+
+
+def diagnostics(
+    tx: optax.GradientTransformation,
+    state: optax.OptState,
+    params: optax.Params | None = None,
+    grads: optax.Updates | None = None,
+    *,
+    per_leaf: bool = False,
+) -> dict[str, jax.Array]:
+    """Scalars to log that tell how a run is doing. Pure, and made for ``jit``.
+
+    effective_lr/p5, p25, median, p75, p95
+        percentiles of |learning_rate| / sqrt(s + eps), by which the next gradient is multiplied; of
+        |learning_rate| / (sqrt(s) + eps) with ``eps_in_sqrt=False``. s is as the state has it, the
+        variance if centered, and divided by the sum of its weights if the bias is corrected.
+        Each is one of the numbers, the smallest that so many percent do not exceed; numbers that
+        are not finite are left out.
+    below_eps
+        share of numbers with s < eps, or sqrt(s) < eps with ``eps_in_sqrt=False``. There the rule
+        is gradient descent, at a rate of almost learning_rate / sqrt(eps).
+    at_guard/root
+        share of numbers whose root is neither that of s nor of eps, but the least that is allowed.
+    at_guard/second_moment
+        share of s that is half of what one clipped gradient adds to it, or more; with 8 bits, at
+        the highest or the lowest code but 0.
+    at_guard/momentum
+        share of the momentum buffer at half of its bound or beyond; with 8 bits, at the highest
+        code. Only with momentum.
+    not_finite/state
+        share of the numbers in nu, mu and trace that are infinite or NaN.
+
+    With grads, those of the next step:
+
+    not_finite/grads
+        share of gradients that are infinite or NaN.
+    at_guard/grads
+        share of gradients that are clipped, at 4.6e18 in float32, before they are squared.
+
+    With params:
+
+    not_finite/params
+        share of parameters that are infinite or NaN.
+
+    With both:
+
+    update/norm, update/relative_norm
+        norm of the update that ``tx.update`` would give, and that over the norm of the parameters.
+    update/lost_in_bfloat16
+        share of the updates other than 0 that would not change their parameter, were it rounded to
+        bfloat16 before and after. Also where parameters are float32.
+    at_guard/update
+        share of updates at the largest number of their dtype.
+
+    And always:
+
+    state/bytes
+        bytes of all arrays in the state, as float32.
+
+    Shares are between 0 and 1. All leaves count together, also those of several RMSProps in tx; a
+    complex number counts as two. What other links of a chain do to a gradient is not in the
+    effective learning rate, nor is momentum, which multiplies the step by up to 1 / (1 - momentum);
+    both are in the update. Between the steps of ``optax.MultiSteps`` the update is 0.
+
+    The percentiles take 31 passes over the second moments, and params and grads a step, which
+    ``jit`` shares with the one beside it. On a processor all this takes as long as 40 steps, and 20
+    bytes a number while it lasts. Nothing is sorted, and devices exchange counts alone. Call it
+    every hundredth step, say: by ``jax.lax.cond``, or in a jitted function of its own.
+
+    Args:
+      tx: a transformation with an RMSProp of this library in it, whatever is around it.
+      state: its state.
+      params: tree of parameters, as for ``tx.update``. Needed where a wrapper does not work without
+        its tree, and with :func:`rmsprop_jax.sharding.zero1` (or grads in its place), since arrays
+        of that state may be filled up with zeros, which do not count.
+      grads: tree of gradients, as for ``tx.update``.
+      per_leaf: whether to tell all this of each leaf, under names as
+        "layer/kernel/effective_lr/median", instead of all together.
+
+    Returns:
+      A dict of scalars, without what is not known. Hyperparameters are those of the next step:
+      schedules are taken at the state's count, and what ``optax.inject_hyperparams`` has in its
+      state is taken from there. With sharded arrays, under ``jit``, the scalars are of the whole.
+      With :func:`rmsprop_jax.sharding.zero1_mapped`, call it where the axis is mapped: it gathers
+      the state, which each device then has for a moment, and gives the same on all devices. Inside
+      ``pmap`` and ``shard_map`` otherwise, it tells of what each device has.
+
+    Raises:
+      TypeError: if tx has no RMSProp in it, or per_leaf is no bool.
+      ValueError: if state is not one of tx, or of other parameters; if params are needed; or if tx
+        has hyperparameters that a function inside ``optax.inject_hyperparams`` computes.
+      AssertionError: by chex, if a gradient does not fit its parameter.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from rmsprop_jax import diagnostics, rmsprop
+      >>> tx = rmsprop(0.1, decay=0.5)
+      >>> params, grads = jnp.ones(4), jnp.array([0.0, 1e-5, 1.0, 1e3])
+      >>> _, state = tx.update(grads, tx.init(params))
+      >>> for name, value in diagnostics(tx, state, params, grads).items():
+      ...     print(f"{name:25} {value:.4g}")
+      at_guard/grads            0
+      at_guard/root             0
+      at_guard/second_moment    0
+      at_guard/update           0
+      below_eps                 0.5
+      effective_lr/median       0.1414
+      effective_lr/p25          0.0001414
+      effective_lr/p5           0.0001414
+      effective_lr/p75          997.5
+      effective_lr/p95          1000
+      not_finite/grads          0
+      not_finite/params         0
+      not_finite/state          0
+      update/lost_in_bfloat16   0
+      update/norm               0.1636
+      update/relative_norm      0.0818
+      state/bytes               20
+    """
+    per_leaf = _checks.flag("per_leaf", per_leaf)
+    if grads is not None:
+        grads = without_float0(grads)
+        if params is not None:
+            counterparts(gradients(grads), "params", params)
+    like = grads if params is None else params
+    found, parts = followed(tx, state, like)
+    partition = next((part for part in parts if isinstance(part, Partition)), None)
+    axes = _mapped_axes(partition)
+    if partition is not None and like is None:
+        raise ValueError(
+            "params must be given: arrays of the state may be filled up with zeros, and only the "
+            "shapes of the parameters tell where"
+        )
+    if isinstance(partition, Zero1Mapped) and not axes and grads is not None:
+        raise ValueError(
+            f"grads must be given where the axes {partition.axes} of zero1_mapped are mapped, "
+            "inside jax.shard_map or jax.pmap; outside, leave them out"
+        )
+
+    shapes = {name: jnp.shape(leaf) for name, leaf in _numbers(like)}
+    entries = [
+        entry
+        for one in found
+        for entry in _held(one, shapes, per_leaf, partition is not None, axes)
+    ]
+    for kind, tree in (("grads", grads), ("params", params)):
+        entries += [
+            (_About(kind, _prefix(name, per_leaf), jnp.shape(leaf)), leaf)
+            for name, leaf in _numbers(tree)
+        ]
+    if params is not None and grads is not None:
+        updates = dict(_numbers(tx.update(grads, state, params)[0]))
+        entries += [
+            (_About("update", _prefix(name, per_leaf), jnp.shape(x)), (updates[name], x))
+            for name, x in _numbers(params)
+            if name in updates
+        ]
+    told = _told(tuple(about for about, _ in entries), [arrays for _, arrays in entries], axes)
+    arrays = [leaf for leaf in jax.tree.leaves(state) if hasattr(leaf, "dtype")]
+    held = sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
+    return told | {"state/bytes": jnp.asarray(float(held), jnp.float32)}
+
+
+class _About(NamedTuple):
+    """What arrays are: static, where they are the arguments of a jitted function.
+
+    Attributes:
+      kind: "slots", "grads", "params" or "update".
+      prefix: of the names under which they are logged.
+      shape: that of the parameter.
+      variant: of the rule, if they are slots.
+    """
+
+    kind: str
+    prefix: str
+    shape: Shape
+    variant: _equations.Variant | None = None
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _told(
+    abouts: tuple[_About, ...], all_arrays: list[Any], axes: tuple[str, ...]
+) -> dict[str, jax.Array]:
+    tallies: dict[str, Tally] = collections.defaultdict(Tally)
+    with jax.numpy_dtype_promotion("standard"):  # of leaves of several dtypes
+        for (kind, prefix, shape, variant), arrays in zip(abouts, all_arrays, strict=True):
+            tally = tallies[prefix]
+            if variant is not None:
+                slots, scalars, eps = arrays
+                tally.second_moment(slots.nu, scalars, eps, variant.eps_in_sqrt, shape)
+                if slots.trace is not None:
+                    tally.momentum(slots.trace, shape)
+                for slot in slots:
+                    if slot is not None:
+                        tally.not_finite("state", slot, shape)
+            elif kind == "update":
+                tally.update(*arrays)
+            else:
+                over = axes if kind == "grads" else ()
+                tally.not_finite(kind, arrays, shape, over)
+                if kind == "grads":
+                    tally.clipped(arrays, shape, over)
+        return {
+            prefix + name: value
+            for prefix, tally in tallies.items()
+            for name, value in tally.scalars().items()
+        }
+
+
+def _held(
+    one: Followed, shapes: dict[str, Shape], per_leaf: bool, filled: bool, axes: tuple[str, ...]
+) -> Iterator[tuple[_About, Any]]:
+    """What is held of each leaf, with the scalars of its next step."""
+    state, rule, hyper = one
+    storage = rule.variant.storage
+    scalars_in = functools.cache(lambda real: _equations.scalars(hyper, rule.variant, real))
+    means, buffers = (dict(_numbers(slots_of(field))) for field in (state.mu, state.trace))
+    for name, nu in _numbers(slots_of(state.nu)):
+        wanted = shapes.get(name)
+        slots = _equations.Slots(nu, means.get(name), buffers.get(name))
+        if axes and wanted is not None:
+            whole = (slot if slot is None else _gathered(slot, wanted, axes) for slot in slots)
+            slots = _equations.Slots(*whole)
+        shape, real = _shape(name, slots.nu.shape, wanted, filled), storage.dtype(nu)
+        arrays = slots, scalars_in(real), jnp.asarray(hyper.eps, real)
+        yield _About("slots", _prefix(name, per_leaf), shape, rule.variant), arrays
+
+
+def _shape(name: str, have: Shape, wanted: Shape | None, filled: bool) -> Shape:
+    """That of the numbers in a slot that is of this shape."""
+    if wanted is None or math.prod(have) == math.prod(wanted):  # as a vector, in optax.flatten
+        return have
+    larger = len(have) == len(wanted) and all(a >= b for a, b in zip(have, wanted, strict=True))
+    if not (filled and larger):
+        raise ValueError(
+            f"state must be of these parameters: nu of {name!r} has the shape {have}, and the "
+            f"parameter {wanted}"
+        )
+    return wanted
+
+
+def _mapped_axes(partition: Partition | None) -> tuple[str, ...]:
+    """Those over which parts of the state lie, if this is where they are mapped."""
+    mapped = jax.sharding.get_abstract_mesh().manual_axes
+    inside = isinstance(partition, Zero1Mapped) and {*partition.axes} <= {*mapped}
+    return partition.axes if partition is not None and inside else ()
+
+
+def _gathered(slot: Slot, shape: Shape, axes: tuple[str, ...]) -> Slot:
+    """A slot of a parameter of this shape, from the parts of all devices."""
+    if isinstance(slot, EightBit):
+        return slot._replace(codes=_gathered(slot.codes, shape, axes))
+    sizes = {name: lax.axis_size(name) for name in axes}
+    for axis, names in enumerate(division(shape, sizes, pad=True)):
+        if names:
+            slot = lax.all_gather(slot, names, axis=axis, tiled=True)
+    return slot
+
+
+def _numbers(tree: PyTree) -> Iterator[tuple[str, Any]]:
+    """The floating and complex leaves of a tree, by name, or its slots."""
+    for path, leaf in tree_leaves_with_path(tree, is_leaf=is_packed):
+        if is_packed(leaf) or leaf_type(leaf).kind is not None:
+            yield leaf_name(path), leaf
+
+
+def _prefix(name: str, per_leaf: bool) -> str:
+    return f"{name}/" if per_leaf and name else ""
