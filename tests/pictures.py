@@ -8,4 +8,4 @@ def assert_picture(file):
     content = file.read_bytes()
     assert content.startswith(b"\x89PNG\r\n\x1a\n")
     assert struct.unpack(">I", content[16:20]) == (1600,)
-    assert len(content) < 150e3
+    assert len(content) < 200e3

@@ -33,87 +33,79 @@ def diagnostics(
     *,
     per_leaf: bool = False,
 ) -> dict[str, jax.Array]:
-    """Scalars to log that tell how a run is doing. Pure, and made for ``jit``.
+    """Returns scalars to log that say what the optimizer is doing. Pure, and made for ``jit``.
 
-    effective_lr/p5, p25, median, p75, p95
-        percentiles of |learning_rate| / sqrt(s + eps), by which the next gradient is multiplied; of
-        |learning_rate| / (sqrt(s) + eps) with ``eps_in_sqrt=False``. s is as the state has it, the
-        variance if centered, and divided by the sum of its weights if the bias is corrected.
-        Each is one of the numbers, the smallest that so many percent do not exceed; numbers that
-        are not finite are left out.
-    below_eps
-        share of numbers with s < eps, or sqrt(s) < eps with ``eps_in_sqrt=False``. There the rule
-        is gradient descent, at a rate of almost learning_rate / sqrt(eps).
-    at_guard/root
-        share of numbers whose root is neither that of s nor of eps, but the least that is allowed.
-    at_guard/second_moment
-        share of s that is half of what one clipped gradient adds to it, or more; with 8 bits, at
-        the highest or the lowest code but 0.
-    at_guard/momentum
-        share of the momentum buffer at half of its bound or beyond; with 8 bits, at the highest
-        code. Only with momentum.
-    not_finite/state
-        share of the numbers in nu, mu and trace that are infinite or NaN.
+    Always:
+
+    - ``effective_lr/p5``, ``p25``, ``median``, ``p75``, ``p95``: percentiles of the effective
+      learning rate |learning_rate| / sqrt(s + eps), which multiplies the next gradient, or
+      |learning_rate| / (sqrt(s) + eps) with ``eps_in_sqrt=False``. s is the second moment in the
+      state, the variance if centered, with its bias corrected if the rule does so. A percentile is
+      one of the rates, the smallest that so many percent do not exceed. Rates that are not finite
+      are left out.
+    - ``below_eps``: share of elements with s < eps, or sqrt(s) < eps with ``eps_in_sqrt=False``.
+      There the rule is gradient descent with a rate of almost learning_rate / sqrt(eps).
+    - ``at_guard/root``: share of elements whose root is held at the least that is allowed, so that
+      neither s nor eps decides.
+    - ``at_guard/second_moment``: share of second moments at half of what one clipped gradient adds,
+      or more; in 8 bits, at the highest code or the lowest that is not 0.
+    - ``at_guard/momentum``: share of the momentum buffer at half of its bound or more; in 8 bits, at
+      the highest code. Only with momentum.
+    - ``not_finite/state``: share of elements of nu, mu and trace that are infinite or NaN.
+    - ``state/bytes``: bytes of all arrays in the state.
 
     With grads, those of the next step:
 
-    not_finite/grads
-        share of gradients that are infinite or NaN.
-    at_guard/grads
-        share of gradients that are clipped, at 4.6e18 in float32, before they are squared.
+    - ``not_finite/grads``: share of gradients that are infinite or NaN.
+    - ``at_guard/grads``: share of gradients that are clipped before they are squared, at 4.6e18 in
+      float32.
 
     With params:
 
-    not_finite/params
-        share of parameters that are infinite or NaN.
+    - ``not_finite/params``: share of parameters that are infinite or NaN.
 
     With both:
 
-    update/norm, update/relative_norm
-        norm of the update that ``tx.update`` would give, and that over the norm of the parameters.
-    update/lost_in_bfloat16
-        share of the updates other than 0 that would not change their parameter, were it rounded to
-        bfloat16 before and after. Also where parameters are float32.
-    at_guard/update
-        share of updates at the largest number of their dtype.
+    - ``update/norm``, ``update/relative_norm``: norm of the update that ``tx.update`` would return,
+      and that norm divided by the norm of the parameters.
+    - ``update/lost_in_bfloat16``: share of the updates other than 0 that would leave their parameter
+      unchanged, if it were rounded to bfloat16 before and after. Float32 parameters, too.
+    - ``at_guard/update``: share of updates at the largest number of their dtype.
 
-    And always:
+    Shares are between 0 and 1. All leaves count together, and so do several RMSProps in tx; a complex
+    element counts as two. The effective learning rate does not contain what other links of a chain
+    do to a gradient, nor momentum, which makes steps up to 1 / (1 - momentum) times as long; the
+    update contains both. Between the steps of ``optax.MultiSteps`` the update is 0.
 
-    state/bytes
-        bytes of all arrays in the state, as float32.
-
-    Shares are between 0 and 1. All leaves count together, also those of several RMSProps in tx; a
-    complex number counts as two. What other links of a chain do to a gradient is not in the
-    effective learning rate, nor is momentum, which multiplies the step by up to 1 / (1 - momentum);
-    both are in the update. Between the steps of ``optax.MultiSteps`` the update is 0.
-
-    The percentiles take 31 passes over the second moments, and params and grads a step, which
-    ``jit`` shares with the one beside it. On a processor all this takes as long as 40 steps, and 20
-    bytes a number while it lasts. Nothing is sorted, and devices exchange counts alone. Call it
-    every hundredth step, say: by ``jax.lax.cond``, or in a jitted function of its own.
+    The percentiles cost about 40 passes over the second moments; params and grads add a step, which
+    ``jit`` shares with the step beside it. Nothing is sorted or gathered. Log every hundredth step,
+    say, with a jitted function of its own or ``jax.lax.cond``.
 
     Args:
       tx: a transformation with an RMSProp of this library in it, whatever is around it.
       state: its state.
-      params: tree of parameters, as for ``tx.update``. Needed where a wrapper does not work without
-        its tree, and with :func:`rmsprop_jax.sharding.zero1` (or grads in its place), since arrays
-        of that state may be filled up with zeros, which do not count.
+      params: tree of parameters, as for ``tx.update``. Needed if a wrapper depends on the tree, and
+        with :func:`rmsprop_jax.sharding.zero1` unless grads are given: arrays of that state may be
+        padded with zeros, which do not count.
       grads: tree of gradients, as for ``tx.update``.
-      per_leaf: whether to tell all this of each leaf, under names as
-        "layer/kernel/effective_lr/median", instead of all together.
+      per_leaf: whether to return all this for each leaf, under names such as
+        "layer/kernel/effective_lr/median", instead of for all leaves together.
 
     Returns:
-      A dict of scalars, without what is not known. Hyperparameters are those of the next step:
-      schedules are taken at the state's count, and what ``optax.inject_hyperparams`` has in its
-      state is taken from there. With sharded arrays, under ``jit``, the scalars are of the whole.
-      With :func:`rmsprop_jax.sharding.zero1_mapped`, call it where the axis is mapped: it gathers
-      the state, which each device then has for a moment, and gives the same on all devices. Inside
-      ``pmap`` and ``shard_map`` otherwise, it tells of what each device has.
+      A dict of scalars; what is not known is left out.
+
+      Hyperparameters are those of the next step. Schedules are evaluated at the state's count, and
+      values that ``optax.inject_hyperparams`` keeps in its state are taken from there.
+
+      With sharded arrays under ``jit``, the scalars are those of whole arrays. With
+      :func:`rmsprop_jax.sharding.zero1_mapped`, call this where the axis is mapped. It gathers the
+      state, which each device then holds for a moment, and returns the same on all devices.
+      Elsewhere inside ``pmap`` and ``shard_map``, the scalars are those of what each device has.
 
     Raises:
-      TypeError: if tx has no RMSProp in it, or per_leaf is no bool.
-      ValueError: if state is not one of tx, or of other parameters; if params are needed; or if tx
-        has hyperparameters that a function inside ``optax.inject_hyperparams`` computes.
+      TypeError: if tx contains no RMSProp, or per_leaf is not a bool.
+      ValueError: if state is not a state of tx for these parameters; if params are needed; or if a
+        function inside ``optax.inject_hyperparams`` computes hyperparameters of tx.
       AssertionError: by chex, if a gradient does not fit its parameter.
 
     Example:
@@ -153,7 +145,7 @@ def diagnostics(
     axes = _mapped_axes(partition)
     if partition is not None and like is None:
         raise ValueError(
-            "params must be given: arrays of the state may be filled up with zeros, and only the "
+            "params must be given: arrays of the state may be padded with zeros, and only the "
             "shapes of the parameters tell where"
         )
     if isinstance(partition, Zero1Mapped) and not axes and grads is not None:

@@ -13,7 +13,7 @@ STATE = TX.init(PARAMS)
 
 @pytest.mark.parametrize("tx", [optax.rmsprop(0.1), optax.chain(optax.clip(1.0)), None, 3])
 def test_no_rmsprop(tx):
-    with pytest.raises(TypeError, match="tx must be an RMSProp of rmsprop_jax or have one in it"):
+    with pytest.raises(TypeError, match="tx must be an RMSProp of rmsprop_jax or contain one"):
         diagnostics(tx, STATE)
 
 

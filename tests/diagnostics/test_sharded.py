@@ -69,7 +69,7 @@ def assert_told(got, want, but=()):
     ids=["Explicit", "Auto, zero1", "Auto", "Explicit, zero1"],
 )
 def test_of_sharded_arrays(axis_type, zero1, subtests):
-    """What is filled up with zeros is in the bytes, and nowhere else."""
+    """What is padded with zeros is in the bytes, and nowhere else."""
     mesh = mesh_of(8, axis_type=axis_type)
     # Under Explicit meshes the init of optax's own transformations has no mesh.
     names = [n for n in FORMS if axis_type == AxisType.Auto or n != "chain"]
