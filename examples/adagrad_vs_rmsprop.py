@@ -1,25 +1,26 @@
-"""The learning rates that Adagrad and RMSProp really use: one falls without end, one settles.
+"""The effective learning rates of Adagrad and RMSProp: one keeps falling, the other settles.
 
     python examples/adagrad_vs_rmsprop.py                # 40 epochs over measurements of wing noise
     python examples/adagrad_vs_rmsprop.py --epochs 200   # longer
 
-Both divide a gradient by sqrt(s + eps), so that a parameter moves at the effective learning rate
-learning_rate / sqrt(s + eps). In Adagrad s is the sum of all squared gradients and can only grow;
-in RMSProp it is their running mean. A network of one hidden layer learns from 1202 rows. For each
-method the learning rate is chosen from the same list, on seeds that are not used afterwards; then s
-is read from the states of new runs. Prints the losses of the choice; of the new runs the median of
-the effective rate over all parameters after some steps, and its lowest and highest value from the
-end of the first epoch on. Losses are over all rows, those printed the mean over the last quarter of
-the epochs. Draws both.
+Both methods divide the gradient by sqrt(s + eps), so a parameter moves at the effective learning
+rate learning_rate / sqrt(s + eps). In Adagrad s is the sum of all squared gradients and can only
+grow; in RMSProp it is their running mean. A network with one hidden layer learns from 1202 rows.
+For each method the learning rate is chosen from the same list, on seeds that are not used again;
+then s is read from the states of new runs. Prints the losses of the choice; then, for the new runs,
+the median of the effective rate over all parameters after some steps, and its lowest and highest
+value from the end of the first epoch on. Losses are over all rows; the printed ones are the mean
+over the last quarter of the epochs. Draws both.
 
-A hidden unit that has fallen silent has no gradient. Its effective rates stand still in Adagrad; in
-RMSProp, where s decays, they climb to learning_rate / sqrt(eps). The share of parameters that have
-got there is printed, too. Once it exceeds a quarter, that limit is the upper quartile.
+A hidden unit that has died has no gradient. In Adagrad its effective rates then stay where they
+are; in RMSProp, where s decays, they climb to learning_rate / sqrt(eps). The share of parameters
+that have reached this limit is printed, too. Once it exceeds a quarter, the limit is the upper
+quartile.
 
 Sources: Duchi, Hazan and Singer, "Adaptive subgradient methods for online learning and stochastic
 optimization", Journal of Machine Learning Research 12, 2011 (Adagrad); Hinton, Srivastava and
-Swersky, "Neural networks for machine learning", lecture 6e, 2012 (RMSProp). The comparison is the
-motive of section 12.8 in Zhang, Lipton, Li and Smola, Dive into Deep Learning.
+Swersky, "Neural networks for machine learning", lecture 6e, 2012 (RMSProp). The comparison follows
+the motivation in section 12.8 of Zhang, Lipton, Li and Smola, Dive into Deep Learning.
 """
 
 import argparse
@@ -48,7 +49,7 @@ QUANTILES = (0.25, 0.5, 0.75)
 
 
 class Method(NamedTuple):
-    """A transformation for a learning rate, eps, and the name of s in its state."""
+    """A function from learning rate and eps to a transformation, and the name of s in its state."""
 
     make: Callable[[Any, float], optax.GradientTransformation]
     s: str
@@ -80,13 +81,13 @@ def mse(params: Params, x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def effective_rates(state: Any, s: str, rate: Any, eps: float) -> jax.Array:
-    """Of all parameters: by what a gradient is multiplied in the step."""
+    """The factor of the gradient in the step, for each parameter."""
     squares = jax.tree.leaves(optax.tree.get(state, s))
     return rate / jnp.sqrt(jnp.concatenate([leaf.ravel() for leaf in squares]) + eps)
 
 
 class Trained(NamedTuple):
-    """The loss over all rows after each epoch, all parameters' effective rates in each step."""
+    """The loss over all rows after each epoch, and all effective rates at each step."""
 
     losses: Any
     rates: Any
@@ -95,7 +96,7 @@ class Trained(NamedTuple):
 def train(
     method: Method, eps: float, x: Rows, y: Rows, rate: Any, params: Params, batches: Any
 ) -> Trained:
-    """Batches are row numbers, of shape (epochs, steps, size)."""
+    """Trains one network; `batches` holds row numbers, of shape (epochs, steps, size)."""
     tx = method.make(rate, eps)
     inputs, targets = jnp.asarray(x), jnp.asarray(y)
 
@@ -115,7 +116,7 @@ def train(
 
 
 def data(seed: int) -> tuple[Rows, Rows]:
-    """Four fifths of the rows, in units of their deviations."""
+    """Four fifths of the rows, each column standardized to mean 0 and standard deviation 1."""
     rows = np.random.default_rng(seed).permutation(real_data.airfoil())
     rows = rows[: len(rows) * 4 // 5]
     rows = (rows - rows.mean(axis=0)) / rows.std(axis=0)
@@ -123,7 +124,7 @@ def data(seed: int) -> tuple[Rows, Rows]:
 
 
 def batches_of(rows: int, epochs: int, size: int, seeds: Iterable[int]) -> NDArray[np.int64]:
-    """Row numbers for each seed and epoch, in orders of their own; an incomplete batch sits out."""
+    """Row numbers, shuffled for each seed and epoch; an incomplete last batch is dropped."""
     orders = [
         [rng.permutation(rows)[: rows // size * size] for _ in range(epochs)]
         for rng in map(np.random.default_rng, seeds)
@@ -132,12 +133,13 @@ def batches_of(rows: int, epochs: int, size: int, seeds: Iterable[int]) -> NDArr
 
 
 class Run(NamedTuple):
-    """What came of a method.
+    """The results of one method.
 
-    The late losses at each of RATES, mean over the seeds, and the rate of the lowest. Of the new
-    seeds the late loss and the loss after each epoch, means over the seeds; the quantiles of the
-    effective rate over the parameters of all of them, of shape (steps, 3); and the share of these
-    parameters whose rate is, at the end, within 1% of its limit: their gradient has become 0.
+    `sweep` has the late loss at each of RATES, averaged over the seeds, and `rate` is the best of
+    them. The other fields are of the new seeds: the late loss and the loss after each epoch,
+    averaged over the seeds; the quantiles of the effective rate over the parameters of all
+    networks, of shape (steps, 3); and the share of these parameters whose rate ends within 1% of
+    its limit, because their gradient has become 0.
     """
 
     sweep: list[float]
@@ -155,7 +157,7 @@ def late(losses: Any) -> Any:
 
 
 def steps_to_show(steps: int, epochs: int) -> list[int]:
-    """The first, the ends of the first epoch and of half of them, and the last."""
+    """The first step, the ends of the first epoch and of the middle one, and the last step."""
     per_epoch = steps // epochs
     return sorted({1, per_epoch, per_epoch * ((epochs + 1) // 2), steps})
 
@@ -208,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Run]:
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--eps", type=float, default=1e-8)
-    parser.add_argument("--seeds", type=int, default=8, help="to choose on, and then as many new")
+    parser.add_argument("--seeds", type=int, default=8, help="for the choice; as many follow")
     parser.add_argument("--out", type=Path, default=Path("out/adagrad_vs_rmsprop.png"))
     args = parser.parse_args(argv)
 

@@ -1,24 +1,24 @@
 """How much the decay of RMSProp matters, and whether changing it during training helps.
 
-    python examples/adaptive_decay.py             # 8 decays and 4 schedules of it, 24 networks each
+    python examples/adaptive_decay.py             # 8 decays and 4 schedules, 24 networks each
     python examples/adaptive_decay.py --seeds 96  # half the standard error
 
-A network of one hidden layer learns the noise of an airfoil from 1202 measurements, at several
+A network with one hidden layer learns the noise of an airfoil from 1202 measurements, at several
 learning rates, without and with bias correction. For each of the two, all decays, rates and seeds
-are one compiled program: a decay may be an array, or a function of the step that looks it up in
-one.
+are one compiled program: a decay may be an array, or a function that looks up each step's decay in
+an array.
 
-Prints the training losses over the last quarter of the steps, mean and deviation over the seeds,
-and then how the usual decay of .9 and each schedule do against the best constant decay. There each
-has the learning rate that is best for it on one half of the seeds, and the losses come from the
-other half; the difference is of networks that start alike and see the same batches, with its
-standard error. Without correction the first step is of 1 / sqrt(1 - decay) learning rates, 32 at
-.999, and the next ones are long, too: there a decay also acts like a learning rate that falls.
-Draws both.
+Prints the training losses over the last quarter of the steps, as mean and standard deviation over
+the seeds, and then compares the usual decay of .9 and each schedule with the best constant decay.
+For this comparison each uses the learning rate that is best for it on one half of the seeds, and
+the losses come from the other half. The printed difference is between networks that start alike and
+see the same batches, with its standard error. Without correction the first step is
+1 / sqrt(1 - decay) learning rates long, 32 at .999, and the next ones are long, too: there a high
+decay also acts like a falling learning rate. Draws both.
 
-The idea, to adapt the decay during training, is an exercise in section 12.8, "RMSProp", of Zhang,
-Lipton, Li and Smola, Dive into Deep Learning. The schedule 1 - t^-.8 is of Shazeer and Stern,
-"Adafactor", arXiv:1804.04235, 2018.
+Adapting the decay during training is an exercise in section 12.8, "RMSProp", of Zhang, Lipton, Li
+and Smola, Dive into Deep Learning. The schedule 1 - t^-.8 is from Shazeer and Stern, "Adafactor",
+arXiv:1804.04235, 2018.
 """
 
 import argparse
@@ -47,11 +47,11 @@ RATES = (0.0025, 0.005, 0.01, 0.02)
 
 
 def schedules(steps: int) -> dict[str, NDArray[np.float64]]:
-    """The decay of every step."""
+    """The decay at each step, by the name of the schedule."""
     t = np.arange(1.0, steps + 1)
     done = (t - 1) / steps
     return {
-        "1 - 1/t up to .999": np.minimum(1 - 1 / t, 0.999),  # the mean of all squares, at first
+        "1 - 1/t up to .999": np.minimum(1 - 1 / t, 0.999),  # s starts as a plain mean
         "1 - t^-.8": 1 - t**-0.8,
         ".9 rising to .999": 1 - 0.1 * 0.01**done,
         ".999 falling to .9": 1 - 0.001 * 100**done,
@@ -79,8 +79,8 @@ def final_losses(
 ) -> Rows:
     """The loss at the end of training, for every decay, learning rate and seed.
 
-    That is the mean over the last quarter of the batches, of each before the step that it makes.
-    A decay is an array with one number a step; the batches of a seed are row numbers.
+    This is the mean loss over the last quarter of the batches, each taken before its step. Each
+    decay is an array with one number per step; the batches of a seed are row numbers.
     """
 
     def final_loss(decay: jax.Array, rate: jax.Array, params: Params, order: jax.Array) -> Any:
@@ -104,7 +104,7 @@ def final_losses(
 
 
 def data(seed: int) -> tuple[Rows, Rows]:
-    """Four fifths of the rows, in units of their deviations."""
+    """Four fifths of the rows, each column standardized to mean 0 and standard deviation 1."""
     rows = np.random.default_rng(seed).permutation(real_data.airfoil())
     rows = rows[: len(rows) * 4 // 5]
     rows = (rows - rows.mean(axis=0)) / rows.std(axis=0)
@@ -112,14 +112,14 @@ def data(seed: int) -> tuple[Rows, Rows]:
 
 
 def epochs_of_batches(rows: int, epochs: int, size: int, seed: int) -> NDArray[np.int64]:
-    """Row numbers; each epoch has an order of its own, and rows that fill no batch sit out."""
+    """Row numbers, shuffled for each epoch; an incomplete last batch is dropped."""
     rng = np.random.default_rng(seed)
     orders = [rng.permutation(rows)[: rows // size * size] for _ in range(epochs)]
     return np.concatenate(orders).reshape(-1, size)
 
 
 class Best(NamedTuple):
-    """A decay, the rate best for it on the first half of the seeds, its losses on the other."""
+    """A decay, its best rate on the first half of the seeds, and its losses on the other half."""
 
     name: str
     rate: float
@@ -127,16 +127,16 @@ class Best(NamedTuple):
 
 
 def best(names: Sequence[str], losses: Rows) -> Best:
-    """Of losses for each decay, rate and seed."""
+    """The best decay and rate, from the losses of each decay, rate and seed."""
     first, other = np.array_split(losses, 2, axis=-1)
     decay, rate = divmod(int(first.mean(axis=-1).argmin()), len(RATES))
     return Best(names[decay], RATES[rate], other[decay, rate].tolist())
 
 
 class Result(NamedTuple):
-    """Losses of each correction, decay, rate and seed, in this order; and who came off how.
+    """The losses, indexed by correction, decay, rate and seed, and the comparison.
 
-    Compared are, without and with bias correction, the best constant decay, .9 and the schedules.
+    For both corrections `compared` lists the best constant decay, then .9 and the schedules.
     """
 
     names: list[str]
@@ -145,14 +145,14 @@ class Result(NamedTuple):
 
 
 def difference(one: Best, other: Best) -> tuple[float, float]:
-    """How much higher the first one's loss is: the mean over the seeds, and its standard error."""
+    """How far the first loss is above the second: mean over the seeds, and standard error."""
     away = np.subtract(one.losses, other.losses)
     return float(away.mean()), float(away.std(ddof=1) / len(away) ** 0.5)
 
 
 def print_tables(result: Result) -> None:
     for correction, losses in zip(CORRECTIONS, result.losses, strict=True):
-        print(f"{correction} bias correction, at a learning rate of")
+        print(f"{correction} bias correction, by learning rate")
         print(f"{'decay':18}" + "".join(f"{rate:18g}" for rate in RATES))
         for name, of_rates in zip(result.names, losses, strict=True):
             cells = (f"{of.mean():.4f} ± {of.std(ddof=1):.4f}" for of in of_rates)
@@ -217,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> Result:
     )
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--seeds", type=int, default=24, help="half of them to choose on")
+    parser.add_argument("--seeds", type=int, default=24, help="half of them to choose the rate on")
     parser.add_argument("--out", type=Path, default=Path("out/adaptive_decay.png"))
     args = parser.parse_args(argv)
 
@@ -247,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> Result:
     result = Result(names, losses, compared)
 
     draw(result, args.out)
-    print(f"Training loss after {steps} steps, mean ± deviation of {args.seeds} networks\n")
+    print(f"Training loss after {steps} steps: mean ± deviation over {args.seeds} networks\n")
     print_tables(result)
     print(f"The last two tables are of {args.seeds // 2} networks. Curves in {args.out}")
     return result

@@ -1,17 +1,17 @@
-"""Linear regression by RMSProp, from scratch in a few lines and by calls of the library.
+"""Linear regression with RMSProp, written from scratch in a few lines and in calls of the library.
 
     python examples/airfoil.py                # two epochs over 1500 measurements of wing noise
     python examples/airfoil.py --decay 0.99   # a longer memory
 
-Five ways are compared: the rule in plain JAX, `rmsprop`, the same rule as PyTorch and as Keras have
-it, and the exact solution by least squares. Prints the last loss of each and how far its losses
-were at most from those of the rule in plain JAX: `rmsprop` by rounding, the two others since their
-eps is smaller and PyTorch's is outside the root. Draws both. The loss is half the mean squared
-error over all rows, in units of the target's variance.
+Compares five ways: the rule in plain JAX, `rmsprop`, the same rule as PyTorch and as Keras define
+it, and the exact least-squares solution. Prints the last loss of each, and how far its losses were
+at most from those of the rule in plain JAX: `rmsprop` differs by rounding, the other two because
+their eps is smaller and PyTorch's is outside the root. Draws both. The loss is half the mean
+squared error over all rows, in units of the target's variance.
 
-Task, batches of 10 and hyperparameters are those of section 12.8, "RMSProp", in Zhang, Lipton, Li
-and Smola, Dive into Deep Learning; the rule is of Hinton, Srivastava and Swersky, "Neural networks
-for machine learning", lecture 6e, 2012.
+The task, the batches of 10 and the hyperparameters are those of section 12.8, "RMSProp", in Zhang,
+Lipton, Li and Smola, Dive into Deep Learning; the rule is from Hinton, Srivastava and Swersky,
+"Neural networks for machine learning", lecture 6e, 2012.
 """
 
 import argparse
@@ -37,7 +37,7 @@ SCRATCH = "from scratch"
 
 
 class Method(NamedTuple):
-    """How parameters are moved: the first state, and the parameters and state after a gradient."""
+    """An optimizer: a function that makes its state, and one that makes a step."""
 
     init_states: Callable[[Params], Any]
     update: Callable[[Params, Params, Any], tuple[Params, Any]]
@@ -73,7 +73,7 @@ def half_mse(params: Params, x: jax.Array, y: jax.Array) -> jax.Array:
 def train(
     method: Method, params: Params, x: Rows, y: Rows, batches: NDArray[np.int64], every: int
 ) -> list[float]:
-    """The losses over all rows: at the start, after every so many batches, and at the end."""
+    """The losses over all rows: at the start, after every `every` batches, and at the end."""
 
     @jax.jit
     def step(params: Params, states: Any, x: Rows, y: Rows) -> tuple[Params, Any]:
@@ -89,21 +89,21 @@ def train(
 
 
 def data() -> tuple[Rows, Rows]:
-    """The first 1500 rows; every column, also the target, has mean 0 and variance 1 over all."""
+    """The first 1500 rows; inputs and target have mean 0 and variance 1 over all rows."""
     rows = real_data.airfoil()
     rows = ((rows - rows.mean(axis=0)) / rows.std(axis=0))[:1500]
     return rows[:, :-1], rows[:, -1]
 
 
 def least_squares(x: Rows, y: Rows) -> float:
-    """The loss that no line can be below."""
+    """The lowest loss that a linear model can have."""
     columns = np.column_stack([x, np.ones(len(x))]).astype(float)
     line = np.linalg.lstsq(columns, y.astype(float), rcond=None)[0]
     return float(np.mean((columns @ line - y) ** 2) / 2)
 
 
 class Result(NamedTuple):
-    """The losses of each method after `epochs`, which are fractions, too; least squares' loss."""
+    """The losses of each method after `epochs` (may be fractions), and that of least squares."""
 
     epochs: list[float]
     losses: dict[str, list[float]]
@@ -111,7 +111,7 @@ class Result(NamedTuple):
 
 
 def differences(result: Result) -> dict[str, list[float]]:
-    """How far the losses of the others are from those of the rule in plain JAX."""
+    """How far the losses of the other methods are from those of the rule in plain JAX."""
     first = result.losses[SCRATCH]
     others = [name for name in result.losses if name != SCRATCH]
     return {name: np.abs(np.subtract(result.losses[name], first)).tolist() for name in others}
@@ -120,7 +120,7 @@ def differences(result: Result) -> dict[str, list[float]]:
 def draw(result: Result, out: Path) -> None:
     with picture(out, height=3.8) as figure:
         curves, apart = figure.subplots(1, 2)
-        # Nobody can tell the curves apart: the difference is for the other half of the picture.
+        # The curves cannot be told apart; the other half of the picture shows their differences.
         curves.plot(result.epochs, result.losses[SCRATCH], color="black", label="all four methods")
         level = [result.floor] * len(result.epochs)
         curves.plot(result.epochs, level, color="0.4", linestyle=":", label="least squares")
@@ -129,7 +129,7 @@ def draw(result: Result, out: Path) -> None:
         for (name, away), style in zip(
             differences(result).items(), ("o", "s-", "^--"), strict=True
         ):
-            # Rounding comes and goes: points, and none where the losses are the same number.
+            # Rounding errors come and go: draw points, and none where the losses are equal.
             seen = np.where(np.greater(away, 0), away, np.nan)
             label = f"{name}, where not 0" if style == "o" else name
             apart.plot(result.epochs, seen, style, markersize=4, label=label)
@@ -143,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> Result:
     )
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--batch", type=int, default=10)
-    parser.add_argument("--every", type=int, default=10, help="batches from loss to loss")
+    parser.add_argument("--every", type=int, default=10, help="batches between losses")
     parser.add_argument("--learning-rate", type=float, default=0.01)
     parser.add_argument("--decay", type=float, default=0.9)
     parser.add_argument("--eps", type=float, default=1e-6, help="PyTorch and Keras keep their own")
@@ -164,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> Result:
     rng = np.random.default_rng(args.seed)
     w = 0.01 * rng.standard_normal(x.shape[1], dtype=np.float32)
     params = {"w": jnp.asarray(w), "b": jnp.zeros([])}
-    # Rows that fill no batch sit out; each epoch has an order of its own, every method the same.
+    # Shuffled for each epoch, alike for every method; an incomplete last batch is dropped.
     n = len(x) // args.batch
     orders = [rng.permutation(len(x))[: n * args.batch] for _ in range(args.epochs)]
     batches = np.concatenate(orders).reshape(-1, args.batch)
@@ -177,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> Result:
     result = Result([count / n for count in counts], losses, least_squares(x, y))
 
     draw(result, args.out)
-    print(f"{'':13}  last loss  off by at most")
+    print(f"{'':13}  last loss  max difference")
     print(f"{SCRATCH:13}  {losses[SCRATCH][-1]:9.5f}")
     for name, away in differences(result).items():
         print(f"{name:13}  {losses[name][-1]:9.5f}  {max(away):14.1e}")

@@ -1,22 +1,24 @@
-"""Parameters in bfloat16 that stall, and master weights, with which they train like float32.
+"""Parameters in bfloat16 stall; with master weights they train like float32.
 
-    python examples/bfloat16.py                 # little more than a minute on two cores
-    python examples/bfloat16.py --rates 5e-3    # without a choice of the learning rate
+    python examples/bfloat16.py                 # a little over a minute on two cores
+    python examples/bfloat16.py --rates 5e-3    # without choosing the learning rate
 
-The neighbours of a bfloat16 number are 1/256 to 1/128 of it away. A step of less than half of that
-does not move a parameter at all, whatever the optimizer, and nothing says so. It is so for most
-parameters once a learning rate has become small. `low_memory.master_weights` keeps what a parameter
-lacks of its master weight in 2 bytes, 1 or none, so that small steps add up.
+A bfloat16 number and its neighbours are 1/256 to 1/128 of its size apart. A step smaller than half
+of that does not move the parameter at all, whatever the optimizer, and nothing reports it. Once the
+learning rate is small, this happens to most parameters. `low_memory.master_weights` keeps the
+difference between a parameter and its master weight in 2 bytes, 1 or none, so that small steps add
+up.
 
-A network of one wide hidden layer, in Flax NNX, learns the noise of an airfoil. Each method begins
-from the same float32 parameters and sees the same batches; all but the first round the parameters
-to bfloat16, and compute the network and its gradients in it. Learning rates fall linearly to zero.
-The first is that with which float32, and only it, has the lowest training loss, mean of all seeds.
+A network with one wide hidden layer, in Flax NNX, learns the noise of an airfoil. Every method
+starts from the same float32 parameters and sees the same batches. All but the first round the
+parameters to bfloat16, and compute the network and its gradients in bfloat16. Learning rates fall
+linearly to zero. The initial rate is the one with the lowest training loss in float32, averaged
+over the seeds.
 
-Prints the training losses of this choice. Then for each method the mean squared errors at the end,
-in units of the target's variance, as the mean and the range of the seeds; the share of all updates
-but those of 0 that moved no parameter; and the bytes of parameters, corrections and state. Draws
-the training losses and these shares.
+Prints the training losses of this choice. Then, for each method, prints the final mean squared
+errors in units of the target's variance, as mean and range over the seeds; the share of nonzero
+updates that moved no parameter; and the bytes of parameters, corrections and state. Draws the
+training losses and these shares.
 
 Sources: Micikevicius et al., "Mixed precision training", arXiv:1710.03740, 2018 (master weights);
 Brooks, Pope and Marcolini, "Airfoil self-noise and prediction", NASA RP-1218, 1989 (the data).
@@ -41,14 +43,14 @@ from drawing import label_ends, picture
 import real_data
 from rmsprop_jax import low_memory, rmsprop
 
-Training = tuple[nnx.State, Any]  # parameters, and the state of the optimizer
+Training = tuple[nnx.State, Any]  # parameters and optimizer state
 
-EVERY = 250  # steps from point to point
+EVERY = 250  # steps between points
 WIDTH = 1024
 
 
 class Method(NamedTuple):
-    """The dtype of the parameters, and a transformation for a learning rate."""
+    """The dtype of the parameters, and a function from a learning rate to a transformation."""
 
     dtype: Any
     make: Callable[[Any], optax.GradientTransformation]
@@ -67,13 +69,13 @@ METHODS = {
     "master weights of 16 bits": with_master_weights(16),
     "master weights of 24 bits": with_master_weights(24),
     "master weights of 32 bits": with_master_weights(32),
-    # By default q8 leaves out leaves of less than 4096 numbers, which are a part of this network.
+    # By default q8 skips leaves of fewer than 4096 elements, some of which this network has.
     "24 bits, and state in 8": with_master_weights(24, low_memory.q8(min_size=WIDTH)),
 }
 
 
 class Data(NamedTuple):
-    """Measurements (n, 5) and what is to be predicted (n,), to train on and to test on."""
+    """Inputs (n, 5) and targets (n,), for training and for testing."""
 
     x: jax.Array
     y: jax.Array
@@ -82,7 +84,7 @@ class Data(NamedTuple):
 
 
 def data() -> Data:
-    """A fifth is to test on; by mean and deviation of the rest, each column has 0 and 1."""
+    """The rows, a fifth for testing, standardized by mean and deviation of the training rows."""
     rows = np.random.default_rng(0).permutation(real_data.airfoil())
     n = len(rows) * 4 // 5
     rows = (rows - rows[:n].mean(axis=0)) / rows[:n].std(axis=0)
@@ -91,7 +93,7 @@ def data() -> Data:
 
 
 class Net(nnx.Module):
-    """One wide hidden layer: parameters and arithmetic are of a dtype, what it predicts float32."""
+    """One wide hidden layer; parameters and arithmetic are in `dtype`, predictions in float32."""
 
     def __init__(self, dtype: Any, rngs: nnx.Rngs) -> None:
         linear = functools.partial(nnx.Linear, dtype=dtype, param_dtype=dtype, rngs=rngs)
@@ -104,7 +106,7 @@ class Net(nnx.Module):
 
 
 def network(dtype: Any, seed: int) -> tuple[nnx.GraphDef, nnx.State]:
-    """Made in float32, and its parameters then rounded."""
+    """A network whose parameters are made in float32, then rounded to `dtype`."""
     graph, _ = nnx.split(Net(dtype, nnx.Rngs(seed)))
     _, params = nnx.split(Net(jnp.float32, nnx.Rngs(seed)))
     return graph, jax.tree.map(lambda p: p.astype(dtype), params)
@@ -124,7 +126,8 @@ def train_batches(
 ) -> tuple[Training, tuple[jax.Array, jax.Array, jax.Array]]:
     """Makes a step for each batch.
 
-    Returns the training and test loss after them, and the share of updates that moved nothing.
+    Returns the training and test loss after the last one, and the share of updates that moved
+    nothing.
     """
 
     def loss(params: nnx.State, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -146,9 +149,10 @@ def train_batches(
 
 
 class Run(NamedTuple):
-    """Of a network: losses, and shares of updates that moved nothing, after every EVERY steps.
+    """The results of one network, at every EVERY steps.
 
-    And the bytes of parameters, corrections and state, a parameter.
+    Training and test losses and the share of updates that moved nothing; and `size`, the bytes of
+    parameters, corrections and state per parameter.
     """
 
     losses: list[float]
@@ -160,7 +164,7 @@ class Run(NamedTuple):
 def train(
     method: Method, rate: float, data: Data, batches: NDArray[np.int64], seed: int, bar: Any = None
 ) -> Run:
-    """A step for each batch, at rates that fall from `rate` to zero."""
+    """Trains a network, one step per batch, at rates that fall from `rate` to zero."""
     graph, params = network(method.dtype, seed)
     training = params, method.make(0.0).init(params)
     held = sum(array.nbytes for array in jax.tree.leaves(training))
@@ -179,7 +183,7 @@ def train(
 
 
 def batches_of(rows: int, size: int, steps: int, seed: int) -> NDArray[np.int64]:
-    """Row numbers; each epoch has an order of its own, and rows that fill no batch sit out."""
+    """Row numbers, shuffled for each epoch; an incomplete last batch is dropped."""
     rng = np.random.default_rng(seed)
     n = rows // size
     orders = [rng.permutation(rows)[: n * size].reshape(n, size) for _ in range(-(-steps // n))]
@@ -187,17 +191,17 @@ def batches_of(rows: int, size: int, steps: int, seed: int) -> NDArray[np.int64]
 
 
 def last(runs: Sequence[Run]) -> float:
-    """The training loss at the end, mean of the seeds."""
+    """The final training loss, averaged over the seeds."""
     return float(np.mean([run.losses[-1] for run in runs]))
 
 
 def lowest(choice: dict[float, float]) -> float:
-    """The rate of the lowest loss; one that diverged, only if all of them did."""
+    """The rate with the lowest loss; a rate that diverged is returned only if all did."""
     return min(choice, key=lambda rate: np.nan_to_num(choice[rate], nan=np.inf))
 
 
 class Result(NamedTuple):
-    """Training losses of float32 by learning rate, the chosen rate, and a run for each seed."""
+    """The training loss of float32 by rate, the chosen rate, and each method's run per seed."""
 
     choice: dict[float, float]
     rate: float
@@ -205,20 +209,20 @@ class Result(NamedTuple):
 
 
 def print_tables(result: Result) -> None:
-    print("Training loss of float32, by the learning rate at first")
+    print("Training loss of float32, by initial learning rate")
     print("  ".join(f"{rate:g}: {loss:.4f}" for rate, loss in result.choice.items()))
 
     def cell(values: Sequence[float]) -> str:
         return f"{np.mean(values):.4f} ({min(values):.4f} to {max(values):.4f})"
 
-    print(f"\nAt {result.rate:g}: mean of the seeds, and their range")
-    heads = f"{'training loss':>25}  {'test loss':>25}  lost updates  bytes a parameter"
+    print(f"\nAt {result.rate:g}: mean over the seeds, and range")
+    heads = f"{'training loss':>25}  {'test loss':>25}  lost updates  bytes per parameter"
     print(f"{'':25}  {heads}")
     for name, runs in result.runs.items():
         losses = cell([run.losses[-1] for run in runs])
         test = cell([run.test_losses[-1] for run in runs])
         lost = np.mean([run.lost for run in runs])
-        print(f"{name:25}  {losses:>25}  {test:>25}  {lost:12.1%}  {runs[0].size:17.2f}")
+        print(f"{name:25}  {losses:>25}  {test:>25}  {lost:12.1%}  {runs[0].size:19.2f}")
 
 
 def draw(result: Result, out: Path) -> None:
@@ -226,7 +230,7 @@ def draw(result: Result, out: Path) -> None:
         loss, lost = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
         for i, (name, runs) in enumerate(result.runs.items()):
             steps = EVERY * np.arange(1, len(runs[0].losses) + 1)
-            # The curves lie on each other: a wide one below, and marks in places of their own.
+            # The curves overlap: the first is drawn wide, and each has its markers at other steps.
             look: dict[str, Any] = {"marker": "ohsv^D"[i], "markevery": (i, len(METHODS))}
             look |= {"linewidth": 1.4 if i else 5, "alpha": 1 if i else 0.4}
             losses = np.mean([run.losses for run in runs], axis=0)
@@ -234,7 +238,7 @@ def draw(result: Result, out: Path) -> None:
             loss.plot(steps, losses, **look, label=label)
             lost.plot(steps, np.mean([run.lost for run in runs], axis=0), **look)
         reached = [loss for loss in map(last, result.runs.values()) if np.isfinite(loss)]
-        if reached:  # above: the first steps, where the methods hardly differ
+        if reached:  # cuts off the first steps, where the methods hardly differ
             loss.set_ylim(0.9 * min(reached), 3 * min(reached))
         loss.set(ylabel="training loss, mean of the seeds")
         label_ends(loss)
@@ -249,16 +253,16 @@ def main(argv: Sequence[str] | None = None) -> Result:
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument(
-        "--rates", type=float, nargs="+", default=(1e-3, 3e-3, 1e-2), help="at first"
+        "--rates", type=float, nargs="+", default=(1e-3, 3e-3, 1e-2), help="initial ones"
     )
-    parser.add_argument("--seeds", type=int, default=3, help="how many networks of each method")
+    parser.add_argument("--seeds", type=int, default=3, help="number of networks per method")
     parser.add_argument("--out", type=Path, default=Path("out/bfloat16.png"))
     args = parser.parse_args(argv)
 
     rows, rates = data(), sorted(set(args.rates))
     n = len(rows.x)
     if args.steps < 1 or args.steps % EVERY:
-        parser.error(f"--steps must be {EVERY} or a multiple of it")
+        parser.error(f"--steps must be a positive multiple of {EVERY}")
     if args.seeds < 1 or not 1 <= args.batch <= n:
         parser.error(f"--seeds must be at least 1, --batch from 1 to {n}")
     if not all(0 < rate < np.inf for rate in rates):

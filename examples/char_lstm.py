@@ -4,19 +4,19 @@
     python examples/char_lstm.py --cosine     # learning rates that fall to zero
     python examples/char_lstm.py --steps 200  # shorter, and nearer to gibberish
 
-An LSTM in Flax NNX reads a text in parallel streams and predicts each next character. Truncated
-backpropagation through time: the carry of the LSTM goes on from one window of a stream to the next,
-the gradient does not reach back beyond the beginning of a window.
+An LSTM in Flax NNX reads a text in parallel streams and predicts each next character. It is trained
+by truncated backpropagation through time: the carry of the LSTM continues from one window of a
+stream to the next, but the gradient does not reach back beyond the start of a window.
 
-RMSProp is said to be good on recurrent networks, and sometimes behind Adam; Adagrad, to slow down
-too much. They and SGD are measured, all with gradients clipped to the same norm. For each the
-learning rate is chosen from five by the perplexity on a piece of text that is not trained on; then
-networks from other seeds are trained, and judged by another such piece. The perplexity is exp of
-the mean cross entropy of a character: 65 if all 65 seem equally likely.
+RMSProp is said to do well on recurrent networks, though sometimes behind Adam; Adagrad is said to
+slow down too much. This example measures them and SGD, all with gradients clipped to the same norm.
+For each method the learning rate is chosen from five, by the perplexity on held-out text. Networks
+from other seeds are then trained, and judged on another piece of held-out text. The perplexity is
+exp of the mean cross entropy per character: 65 if all 65 characters seem equally likely.
 
-Prints the perplexities of the choice; of the new networks how far a step moves the parameters, at
-first and at last, and the perplexities; and some text by the first that RMSProp trained. Draws the
-perplexities.
+Prints the perplexities of the choice; for the new networks, how far a step moves the parameters at
+the start and at the end, and the perplexities; and some text written by the first network that
+RMSProp trained. Draws the perplexities.
 
 Sources: Hinton, Srivastava and Swersky, "Neural networks for machine learning", lecture 6e, 2012
 (RMSProp); Graves, "Generating sequences with recurrent neural networks", arXiv:1308.0850, 2013
@@ -46,17 +46,17 @@ from rmsprop_jax import rmsprop
 
 Codes = NDArray[np.int32]
 Carry = tuple[jax.Array, jax.Array]
-Training = tuple[nnx.State, Any, Carry]  # parameters, and the states of optimizer and network
+Training = tuple[nnx.State, Any, Carry]  # parameters, optimizer state, carry
 
 EMBEDDING = 32
-CLIP = 1.0  # the norm of a gradient, at most
-EVERY = 50  # steps from point to point
+CLIP = 1.0  # largest norm of a gradient
+EVERY = 50  # steps between points
 WRITTEN = 300  # characters
-HELD_OUT_STREAMS = 64  # short ones, read side by side
+HELD_OUT_STREAMS = 64  # short ones, read in parallel
 
 
 class Method(NamedTuple):
-    """A transformation for a learning rate, and the rates to choose from."""
+    """A function from a learning rate to a transformation, and the rates to choose from."""
 
     make: Callable[[Any], optax.GradientTransformation]
     rates: tuple[float, ...]
@@ -65,7 +65,7 @@ class Method(NamedTuple):
 METHODS = {
     "rmsprop": Method(lambda rate: rmsprop(rate, decay=0.95), (0.001, 0.003, 0.01, 0.03, 0.1)),
     "adam": Method(optax.adam, (0.001, 0.003, 0.01, 0.03, 0.1)),
-    # Optax's sum begins at 0.1, far above what squared gradients add up to here: near to SGD.
+    # Optax starts the sum at 0.1, far above the squared gradients here, which is close to SGD.
     "adagrad": Method(
         lambda rate: optax.adagrad(rate, initial_accumulator_value=0.0),
         (0.01, 0.03, 0.1, 0.3, 1.0),
@@ -79,7 +79,7 @@ def clipped(tx: optax.GradientTransformation) -> optax.GradientTransformation:
 
 
 class Net(nnx.Module):
-    """From characters to the logits of those that follow."""
+    """From characters to the logits of the next ones."""
 
     def __init__(self, characters: int, hidden: int, rngs: nnx.Rngs) -> None:
         self.embed = nnx.Embed(characters, EMBEDDING, rngs=rngs)
@@ -87,7 +87,7 @@ class Net(nnx.Module):
         self.out = nnx.Linear(hidden, characters, rngs=rngs)
 
     def __call__(self, carry: Carry, x: jax.Array) -> tuple[Carry, jax.Array]:
-        """From the carry before and codes (streams, length) to the carry after and logits."""
+        """From a carry and codes (streams, length) to the next carry and logits."""
         carry, hidden = self.lstm(self.embed(x), initial_carry=carry, return_carry=True)
         return carry, self.out(hidden)
 
@@ -98,14 +98,14 @@ class Net(nnx.Module):
 
 
 class Windows(NamedTuple):
-    """Codes, and for each the code that follows, of shape (windows, streams, length)."""
+    """Codes `x` and the codes `y` that follow them, of shape (windows, streams, length)."""
 
     x: Any
     y: Any
 
 
 def windows(codes: Codes, streams: int, length: int) -> Windows:
-    """Cuts a text into streams, these into windows; a rest that fills no window is left out."""
+    """Cuts a text into streams and those into windows; an incomplete last window is dropped."""
     each = (len(codes) - 1) // streams // length * length
 
     def cut(codes: Codes) -> Codes:
@@ -115,7 +115,7 @@ def windows(codes: Codes, streams: int, length: int) -> Windows:
 
 
 class Text(NamedTuple):
-    """The characters, sorted, and the text in codes: nine tenths and two halves of the last."""
+    """The sorted characters, and the text in codes: 90% to train on, 5% and 5% held out."""
 
     characters: str
     train: Codes
@@ -134,14 +134,14 @@ def data() -> Text:
 
 
 def cross_entropy(net: Net, carry: Carry, window: Windows) -> tuple[jax.Array, Carry]:
-    """The mean over the characters of one window, in nats, and the carry after it."""
+    """The mean over the characters of one window, in nats, and the next carry."""
     carry, logits = net(carry, window.x)
     return optax.softmax_cross_entropy_with_integer_labels(logits, window.y).mean(), carry
 
 
 @nnx.jit
 def perplexity(net: Net, text: Windows) -> jax.Array:
-    """Of text in one window."""
+    """The perplexity of a text that is a single window."""
     (x,), (y,) = text
     return jnp.exp(cross_entropy(net, net.no_memory(len(x)), Windows(x, y))[0])
 
@@ -150,7 +150,7 @@ def perplexity(net: Net, text: Windows) -> jax.Array:
 def train_windows(
     graph: nnx.GraphDef, method: Method, training: Training, rates: Any, text: Windows
 ) -> tuple[Training, tuple[jax.Array, jax.Array]]:
-    """Makes a step for each window, and returns their losses and the lengths of the steps."""
+    """Makes a step for each window; returns the losses and the lengths of the steps."""
 
     def loss(params: nnx.State, carry: Carry, window: Windows) -> tuple[jax.Array, Carry]:
         return cross_entropy(nnx.merge(graph, params), carry, window)
@@ -158,7 +158,7 @@ def train_windows(
     def step(training: Training, at: tuple[Any, Windows]) -> tuple[Training, Any]:
         params, state, carry = training
         rate, window = at
-        # Only of the parameters: to the loss, the carry is data like the characters.
+        # With respect to the parameters only: the carry is data, like the characters.
         (nats, carry), grads = jax.value_and_grad(loss, has_aux=True)(params, carry, window)
         updates, state = clipped(method.make(rate)).update(grads, state, params)
         params = optax.apply_updates(params, updates)
@@ -168,9 +168,9 @@ def train_windows(
 
 
 def train(net: Net, method: Method, rates: Any, text: Windows) -> Iterator[tuple[Net, float]]:
-    """A step at each of the rates, and at the end of the text it begins again.
+    """Makes a step at each of the rates, starting the text again when it ends.
 
-    Yields the network after every EVERY steps, and the mean length of these.
+    Yields the network after every EVERY steps, and the mean length of those steps.
     """
     graph, params = nnx.split(net)
     training = params, clipped(method.make(0.0)).init(params), net.no_memory(text.x.shape[1])
@@ -182,13 +182,13 @@ def train(net: Net, method: Method, rates: Any, text: Windows) -> Iterator[tuple
 
 
 def lowest(perplexities: Sequence[float]) -> int:
-    """The index of the lowest; of runs that diverged, only if all of them did."""
+    """The index of the lowest; that of a run that diverged only if all did."""
     return int(np.argmin(np.nan_to_num(perplexities, nan=np.inf)))
 
 
 @nnx.jit(static_argnames="length")
 def write(net: Net, first: int, length: int, temperature: float, key: jax.Array) -> jax.Array:
-    """The codes of a text that goes on from a first character, which is not part of it."""
+    """The codes of a text that continues a first character, which is not part of it."""
 
     def step(before: tuple[Carry, jax.Array], key: jax.Array) -> tuple[Any, jax.Array]:
         carry, code = before
@@ -201,10 +201,11 @@ def write(net: Net, first: int, length: int, temperature: float, key: jax.Array)
 
 
 class Run(NamedTuple):
-    """What came of a method: validation perplexities at each of its rates, and the best rate.
+    """The results of one method.
 
-    Of new networks validation perplexities and lengths of a step, both of shape (networks,
-    points), and test perplexities.
+    `choice` has the validation perplexity at each of its rates, and `rate` is the best one. The
+    other fields are of the new networks: validation perplexities and mean lengths of a step, both
+    of shape (networks, points), and test perplexities.
     """
 
     choice: list[float]
@@ -215,7 +216,7 @@ class Run(NamedTuple):
 
 
 class Figures(NamedTuple):
-    """A run for each method, and what a network wrote."""
+    """The run of each method, and the text that a network wrote."""
 
     runs: dict[str, Run]
     written: str
@@ -226,7 +227,7 @@ def print_tables(runs: dict[str, Run], steps: int) -> None:
     for name, run in runs.items():
         pairs = zip(METHODS[name].rates, run.choice, strict=True)
         print(f"{name:7}" + "".join(f"{rate:8g}:{value:6.4g}" for rate, value in pairs))
-    print("\nNew networks: length of a step, validation perplexity, test perplexity of each")
+    print("\nNew networks: length of a step, validation perplexity, each network's test perplexity")
     print(f"{'':7}     rate first {EVERY}  last {EVERY}  halfway      end")
     for name, run in runs.items():
         curve, lengths = run.curves.mean(axis=0), run.lengths.mean(axis=0)
@@ -248,7 +249,7 @@ def draw(runs: dict[str, Run], out: Path) -> None:
         curves.legend()
         choice.set(xlabel="learning rate η", xscale="log", title=f"choice, after {steps[-1]} steps")
         reached = np.concatenate([run.choice for run in runs.values()])
-        if np.isfinite(reached).any():  # above: runs that diverged
+        if np.isfinite(reached).any():  # cuts off runs that diverged
             best = np.min(reached[np.isfinite(reached)])
             choice.set_ylim(0.9 * best, 2.5 * best)
 
@@ -259,24 +260,24 @@ def main(argv: Sequence[str] | None = None) -> Figures:
     )
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--cosine", action="store_true", help="learning rates fall to zero")
-    parser.add_argument("--batch", type=int, default=32, help="streams")
-    parser.add_argument("--window", type=int, default=32, help="characters")
-    parser.add_argument("--hidden", type=int, default=96, help="units")
-    parser.add_argument("--temperature", type=float, default=0.7, help="below 1, likelier text")
-    parser.add_argument("--seed", type=int, default=0, help="to choose with; new ones follow")
-    parser.add_argument("--seeds", type=int, default=2, help="how many new ones")
+    parser.add_argument("--batch", type=int, default=32, help="number of streams")
+    parser.add_argument("--window", type=int, default=32, help="length, in characters")
+    parser.add_argument("--hidden", type=int, default=96, help="number of hidden units")
+    parser.add_argument("--temperature", type=float, default=0.7, help="lower: likelier text")
+    parser.add_argument("--seed", type=int, default=0, help="for the choice; new ones follow")
+    parser.add_argument("--seeds", type=int, default=2, help="number of new ones")
     parser.add_argument("--out", type=Path, default=Path("out/char_lstm.png"))
     args = parser.parse_args(argv)
 
     text = data()
     if args.steps < 1 or args.steps % EVERY:
-        parser.error(f"--steps must be {EVERY} or a multiple of it")
+        parser.error(f"--steps must be a positive multiple of {EVERY}")
     if min(args.batch, args.window, args.hidden, args.seeds) < 1 or args.seed < 0:
         parser.error("--batch, --window, --hidden and --seeds must be at least 1, --seed 0")
     if args.batch * args.window >= len(text.train):
         parser.error(f"--batch times --window must be below {len(text.train)}")
     if not 0 < args.temperature < np.inf:
-        parser.error("--temperature must be above 0, and finite")
+        parser.error("--temperature must be positive and finite")
     streams = windows(text.train, args.batch, args.window)
 
     angles = np.linspace(0, np.pi if args.cosine else 0, args.steps, endpoint=False)

@@ -3,13 +3,13 @@
     python examples/decay_weights.py                # decays of 0.95, 0.9, 0.8 and 0.7
     python examples/decay_weights.py --decay 0.99 0.9 --steps 100
 
-The running mean s <- γ s + (1 - γ) g² gives the square of the gradient of t steps ago the weight
-(1 - γ) γ^t. Here the weights are not computed but measured: one gradient of 1 and then zeros go
-through the transformation, and its state is read after each step. Their mean age is 1 / (1 - γ)
-if the newest gradient counts as 1 step old: that is the effective memory. For each decay it is
-printed with the share of all weights that the gradients within it have, rounded to whole steps.
-The share tends to 1 - 1/e = 63.2% as γ tends to 1. Draws the measured weights over lines from the
-formula.
+In the running mean s <- γ s + (1 - γ) g², the squared gradient of t steps ago has the weight
+(1 - γ) γ^t. This example does not compute the weights but measures them: it passes one gradient of
+1, followed by zeros, through the transformation and reads its state after each step. The mean age
+of the weights is 1 / (1 - γ), if the newest gradient counts as 1 step old; this is the effective
+memory. For each decay it prints the memory, and the share of the total weight that belongs to the
+gradients within it, rounded to whole steps. The share tends to 1 - 1/e = 63.2% as γ tends to 1.
+Draws the measured weights over lines from the formula.
 
 Sources: Hinton, Srivastava and Swersky, "Neural networks for machine learning", lecture 6e, 2012
 (the rule); Zhang, Lipton, Li and Smola, "Dive into deep learning", section RMSProp (the question).
@@ -33,7 +33,7 @@ TITLE = "markers: measured\nlines: $(1 - \\gamma)\\,\\gamma^t$\nbars: $t = 1 / (
 
 
 def measured(decay: float, steps: int) -> NDArray[np.float32]:
-    """What one gradient of 1 leaves in the running mean, at its own step and at each later one."""
+    """What a gradient of 1 contributes to the running mean, at its own step and all later ones."""
     tx = scale_by_rms(decay)
 
     def step(state: RMSPropState, gradient: jax.Array) -> tuple[RMSPropState, jax.Array]:
@@ -49,7 +49,7 @@ def formula(decay: float, age: NDArray) -> NDArray[np.float64]:
 
 
 class Result(NamedTuple):
-    """The weights by age, the effective memory in steps, and the share of the weights in it."""
+    """The weights by age, the memory in steps, as is and rounded, and its share of the weight."""
 
     weights: NDArray[np.float32]
     memory: float
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> dict[float, Result]:
     parser.add_argument("--out", type=Path, default=Path("out/decay_weights.png"))
     args = parser.parse_args(argv)
     if not all(0 <= decay < 1 for decay in args.decay):
-        parser.error("--decay must be at least 0 and below 1: at 1 no gradient has a weight")
+        parser.error("--decay must be at least 0 and below 1: at 1 gradients have no weight")
     longest = round(1 / (1 - max(args.decay)))
     if args.steps < longest:
         parser.error(f"--steps must be at least {longest}, the longest memory")
@@ -100,13 +100,13 @@ def main(argv: Sequence[str] | None = None) -> dict[float, Result]:
         results[decay] = Result(weights, memory, within, float(weights[:within].sum()))
 
     draw(results, args.out)
-    print("decay  1 / (1 - decay)  share of the weights")
+    print("decay  1 / (1 - decay)  share of the weight")
     for decay, result in results.items():
         newest = f"newest {result.within}"
         print(f"{decay:<5g}  {result.memory:9.1f} steps  {newest:>9}: {result.share:.1%}")
     age = np.arange(args.steps)
     away = max(np.abs(r.weights - formula(decay, age)).max() for decay, r in results.items())
-    print(f"Measured weights at most {away:.0e} from the formula, picture in {args.out}")
+    print(f"Measured weights differ from the formula by at most {away:.0e}, picture in {args.out}")
     return results
 
 

@@ -5,22 +5,22 @@
 
 A cart is pushed left or right, 50 times a second, so that the pole on it stays up. An episode ends
 when the pole leans by more than 12 degrees, when the cart is more than 2.4 m away, or after 500
-steps; its return is the number of its steps. Task and agent are JAX functions, and all agents,
-which differ in their seeds, are one compiled program.
+steps; its return is the number of its steps. Task and agent are JAX functions, and one compiled
+program trains all agents, which differ in their seeds.
 
-The optimizer is recipes.nature_dqn, whose loss is a sum over 32 transitions with every temporal
-difference clipped to [-1, 1]. Its learning rate, the discount, four steps to an update and the
-epsilon of 0.1 are the paper's, too. For a task this small there are a network of two hidden layers,
-a smaller memory, a target that is copied more often, and an epsilon that falls sooner. What the
-agent learns from is the failure signal of Barto, Sutton and Anderson, -1 on failure and otherwise
-0: with a reward of 1 a step, values are up to 100, a failure is a temporal difference far beyond 1,
-and clipped so it hardly counts.
+The optimizer is recipes.nature_dqn, made for a loss that is a sum over 32 transitions, with every
+temporal difference clipped to [-1, 1]. Its learning rate, the discount, four steps per update and
+the final epsilon of 0.1 are also the paper's. Because this task is small, the network has two
+hidden layers, the replay memory is smaller, the target is copied more often, and epsilon falls
+sooner. The agent learns from the failure signal of Barto, Sutton and Anderson: -1 on failure and 0
+otherwise. With a reward of 1 per step, values would reach 100, and a failure, a temporal difference
+far beyond 1, would hardly count once it is clipped.
 
-Every 10,000 steps each agent plays 100 episodes, always the action that it values most. Prints,
-for each agent, the step after which its mean return first was at least 475, which is called solved,
-in what share of the evaluations from then on it was so, its best return (the highest of many, so
-flattered by chance), and its final one. Draws all of them. The settings were chosen on seed 0; the
-default is another.
+Every 10,000 steps each agent plays 100 episodes, always taking the action that it values most.
+Prints, for each agent, the step after which its mean return first reached 475, which counts as
+solved; the share of later evaluations, including that one, in which it was solved; its best return
+(the highest of many, so flattered by chance); and its final return. Draws all returns. The settings
+were chosen on seed 0; the default is another seed.
 
 Sources: Barto, Sutton and Anderson, "Neuronlike adaptive elements that can solve difficult learning
 control problems", IEEE Transactions on Systems, Man, and Cybernetics 13, 1983, for the cart and the
@@ -60,21 +60,21 @@ SOLVED = 475  # mean return
 
 # The agent.
 HIDDEN = 64
-SCALE = np.array([FARTHEST, 2, STEEPEST, 2], np.float32)  # what the network calls 1
-CARTS = 4  # of an agent; all make a step before an update
+SCALE = np.array([FARTHEST, 2, STEEPEST, 2], np.float32)  # the inputs are divided by it
+CARTS = 4  # per agent; each makes a step before an update
 BATCH = 32
 DISCOUNT = 0.99
 MEMORY = 40_000  # transitions
 AT_RANDOM = 4_000  # steps before the first update
-COPY_EVERY = 250  # updates, until the target is anew what is learned
+COPY_EVERY = 250  # updates between copies to the target network
 LAST_EPSILON = 0.1
 EPSILON_FALLS = 40_000  # steps
 EVALUATE_EVERY = 10_000  # steps
-EPISODES = 100  # of an evaluation
+EPISODES = 100  # per evaluation
 
 
 def move(state: jax.Array, right: jax.Array) -> jax.Array:
-    """One of Euler's steps; position, velocity, angle and its velocity are the last axis."""
+    """An Euler step; the last axis holds position, velocity, angle and angular velocity."""
     _, dx, angle, dangle = jnp.moveaxis(state, -1, 0)
     force = jnp.where(right, FORCE, -FORCE)
     mass = CART_MASS + POLE_MASS
@@ -94,7 +94,7 @@ def starts(key: jax.Array, carts: int) -> jax.Array:
 
 
 def network(key: jax.Array) -> Params:
-    """From a state to the values of left and right."""
+    """Parameters of a network from a state to the values of left and right."""
     keys, sizes = jax.random.split(key, 3), (4, HIDDEN, HIDDEN, 2)
     params = {}
     for i in range(3):
@@ -111,24 +111,24 @@ def values(params: Params, state: jax.Array) -> jax.Array:
 
 
 class Transitions(NamedTuple):
-    """Steps of carts, in arrays of as many rows."""
+    """Steps of carts; every array has one row per step."""
 
     state: jax.Array
     action: jax.Array
     reward: jax.Array
     next_state: jax.Array
-    failed: jax.Array  # nothing follows; after the last step of a full episode something would
+    failed: jax.Array  # no value follows; false if the episode ended by its length
 
 
 class Agent(NamedTuple):
-    """All that changes in training."""
+    """Everything that changes in training."""
 
     params: Params
     target: Params
     opt_state: Any
     memory: Transitions
     state: jax.Array  # of each cart
-    time: jax.Array  # steps of its episode
+    time: jax.Array  # steps so far in its episode
 
 
 def new_agent(tx: optax.GradientTransformation, key: jax.Array) -> Agent:
@@ -141,7 +141,7 @@ def new_agent(tx: optax.GradientTransformation, key: jax.Array) -> Agent:
 
 
 def play(agent: Agent, key: jax.Array, count: jax.Array) -> Agent:
-    """Every cart makes a step, which replaces the oldest in memory; count is of earlier calls."""
+    """Every cart makes a step, replacing the oldest in memory; `count` is that of earlier calls."""
     chance, choice, start = jax.random.split(key, 3)
     done = (count * CARTS - AT_RANDOM) / EPSILON_FALLS
     epsilon = 1 - (1 - LAST_EPSILON) * jnp.clip(done, 0, 1)
@@ -165,7 +165,7 @@ def play(agent: Agent, key: jax.Array, count: jax.Array) -> Agent:
 
 
 def loss(params: Params, target: Params, batch: Transitions) -> jax.Array:
-    """Sum of squares whose derivative by each temporal difference is clipped to [-1, 1]."""
+    """A sum of squares whose derivative by each temporal difference is clipped to [-1, 1]."""
     follows = jnp.where(batch.failed, 0, values(target, batch.next_state).max(axis=-1))
     taken = jnp.take_along_axis(values(params, batch.state), batch.action[:, None], axis=-1)
     return optax.huber_loss(taken[:, 0], batch.reward + DISCOUNT * follows).sum()
@@ -174,7 +174,7 @@ def loss(params: Params, target: Params, batch: Transitions) -> jax.Array:
 def learn(
     tx: optax.GradientTransformation, agent: Agent, key: jax.Array, count: jax.Array
 ) -> Agent:
-    """One update, from transitions drawn among all that are in memory after count calls of play."""
+    """One update, from transitions drawn from those in memory after `count` calls of `play`."""
     rows = jax.random.randint(key, (BATCH,), 0, jnp.minimum(count * CARTS, MEMORY))
     batch = jax.tree.map(lambda a: a[rows], agent.memory)
     grads = jax.grad(loss)(agent.params, agent.target, batch)
@@ -200,7 +200,7 @@ def evaluate(params: Params, key: jax.Array) -> jax.Array:
 def train(
     tx: optax.GradientTransformation, agent: Agent, key: jax.Array, counts: jax.Array
 ) -> tuple[Agent, jax.Array]:
-    """The agent after the calls of play that counts number, and its return then."""
+    """The agent after the calls of `play` numbered by `counts`, and its mean return then."""
     of_steps, of_episodes = jax.random.split(key)
 
     def step(agent: Agent, count: jax.Array) -> tuple[Agent, None]:
@@ -218,7 +218,7 @@ def train(
 
 
 class Result(NamedTuple):
-    """After how many steps each evaluation was, and its mean return, by agent and evaluation."""
+    """The number of steps at each evaluation, and the mean returns by agent and evaluation."""
 
     steps: list[int]
     returns: list[list[float]]
@@ -254,14 +254,14 @@ def main(argv: Sequence[str] | None = None) -> Result:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=300_000, help="of each agent")
+    parser.add_argument("--steps", type=int, default=300_000, help="per agent")
     parser.add_argument("--agents", type=int, default=4)
     parser.add_argument("--learning-rate", type=float, default=2.5e-4)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("out/dqn_cartpole.png"))
     args = parser.parse_args(argv)
     if args.steps < 1 or args.steps % EVALUATE_EVERY or args.agents < 1:
-        parser.error(f"--steps must be a multiple of {EVALUATE_EVERY}, --agents at least 1")
+        parser.error(f"--steps must be a positive multiple of {EVALUATE_EVERY}, --agents positive")
 
     tx = recipes.nature_dqn(args.learning_rate)
     of_starts, keys = jax.random.split(jax.random.key(args.seed), (2, args.agents))
@@ -280,10 +280,10 @@ def main(argv: Sequence[str] | None = None) -> Result:
 
     draw(result, args.out)
     finals = [of[-1] for of in result.returns]
-    print(f"Mean returns of {EPISODES} greedy episodes; solved is {SOLVED}\n")
+    print(f"Mean returns of {EPISODES} greedy episodes; solved means at least {SOLVED}\n")
     print_table(result)
     print(
-        f"\nAfter {args.steps:,} steps {np.mean(finals):.1f}, "
+        f"\nAfter {args.steps:,} steps: mean return {np.mean(finals):.1f}, "
         f"{sum(mean >= SOLVED for mean in finals)} of {args.agents} agents solved, "
         f"curves in {args.out}"
     )

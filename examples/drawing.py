@@ -1,4 +1,4 @@
-"""How the pictures of the examples and the benchmarks look, and how they are written."""
+"""The look of the pictures of examples and benchmarks, and how they are written."""
 
 from collections.abc import Iterator
 import contextlib
@@ -13,25 +13,25 @@ from PIL import Image
 
 STYLE = Path(__file__).with_name("rmsprop.mplstyle")
 WIDTH = 8  # inches
-QUANTIZER = Image.Quantize.MAXCOVERAGE  # the default turns rare colours into others
+QUANTIZER = Image.Quantize.MAXCOVERAGE  # the default replaces rare colours
 
 
 @contextlib.contextmanager
 def picture(out: Path, height: float) -> Iterator[Figure]:
-    """A figure to draw on, `height` inches high; it is then written to `out` as a PNG file."""
+    """A figure to draw on, `height` inches high; on exit it is written to `out` as a PNG file."""
     with matplotlib.rc_context(fname=STYLE):
         figure = Figure(figsize=(WIDTH, height))
         yield figure
         png = io.BytesIO()
         figure.savefig(png, format="png")
     out.parent.mkdir(parents=True, exist_ok=True)
-    # A palette of 256 colours halves the file, and nobody sees the difference.
+    # A palette of 256 colours halves the file without a visible difference.
     image = Image.open(png).convert("RGB").quantize(256, QUANTIZER, kmeans=1)
     image.save(out, format="png", optimize=True)
 
 
 def label_ends(axes: Axes) -> None:
-    """Labels every line at its right end, which is easier to follow than a legend."""
+    """Labels each line at its right end, which is easier to follow than a legend."""
     low, high = sorted(axes.get_ylim())
     ends = []
     for line in axes.get_lines():
@@ -44,15 +44,15 @@ def label_ends(axes: Axes) -> None:
         return
     figure = axes.get_figure(root=True)
     assert figure is not None
-    figure.draw_without_rendering()  # only then is the size of the axes known
+    figure.draw_without_rendering()  # the size of the axes is known only now
     heights = axes.transData.transform([point for point, _, _ in ends])[:, 1]
     heights = (heights - axes.bbox.y0) / axes.bbox.height
     lines = 1 + max(label.count("\n") for _, label, _ in ends)
-    points = 3 + 12 * lines  # from label to label
+    points = 3 + 12 * lines  # between labels
     apart = points / 72 * figure.dpi / axes.bbox.height
     order = np.argsort(heights, kind="stable")
     places = heights[order]
-    for _ in range(500):  # those too near push each other away
+    for _ in range(500):  # labels that are too close push each other apart
         places = np.clip(places, 0, 1)
         push = np.maximum(0, apart - np.diff(places)) / 2
         places[:-1] -= push

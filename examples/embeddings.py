@@ -1,26 +1,27 @@
-"""Word vectors from Shakespeare, by steps on the rows of a table that a batch touches.
+"""Word vectors from Shakespeare, by steps on only the rows of a table that a batch touches.
 
     python examples/embeddings.py                # about a minute and a half on two cores
-    python examples/embeddings.py --rows 20000   # tables of one size, and a small one
+    python examples/embeddings.py --rows 20000   # tables of a single, small size
 
-Skip-gram with negative sampling: from the vector of a word, its neighbours in the text are told
-from words drawn at random. There are two tables, one of words and one of neighbours. A batch
-touches few of their rows, but a gradient with respect to the tables is as large as they are, and
-the usual step goes through all of it. `rows.update` takes the gradient with respect to the rows
-that were looked up, and its cost is that of these rows, however many others there are.
+Skip-gram with negative sampling: from the vector of a word, the network tells the word's neighbours
+in the text from words drawn at random. There are two tables, one of words and one of neighbours. A
+batch touches few of their rows, but a gradient with respect to the tables is as large as the
+tables, and the usual step goes through all of it. `rows.update` takes the gradient with respect to
+the rows that were looked up, and its cost depends on these rows alone.
 
-Words get their rows by a hash, as in a vocabulary that is not known beforehand; two may share one.
-The tables are up to 2^18 rows long to show what that costs: 12,631 words do not need so many.
+A hash assigns words to rows, as for a vocabulary that is not known beforehand; two words may share
+a row. The tables have up to 2^18 rows to show what that costs; 12,631 words do not need so many.
 
-Three ways begin at the same tables and see the same batches: dense steps; `rows`, which are the
-same steps within rounding; and `rows` with lazy=True, as TensorFlow has it, where the second moment
-of a row decays only in steps that touch it. The learning rate falls linearly to zero. RMSProp is
-plain here. With momentum, rows also move while no batch touches them: `rows.advance` brings them up
-to date before they are looked up, and `rows.settle` all of them before the whole table is used.
+Three ways start from the same tables and see the same batches: dense steps; `rows`, which makes the
+same steps within rounding; and `rows` with lazy=True, which does what TensorFlow does: the second
+moment of a row decays only in steps that touch it. The learning rate falls linearly to zero. This
+is RMSProp without momentum. With momentum, rows also move while no batch touches them:
+`rows.advance` brings rows up to date before they are looked up, and `rows.settle` brings all rows
+up to date before the whole table is used.
 
-Prints and draws the time of a step by the size of the tables. Prints losses of the three ways, how
-far the tables of the first two are apart, and, after longer runs, the losses of rows and lazy rows,
-and the words that are nearest to some by the cosine of their vectors.
+Prints and draws the time per step by the size of the tables. Prints the losses of the three ways,
+and how far apart the tables of the first two are. After longer runs, prints the losses of rows and
+lazy rows, and the nearest neighbours of some words, by the cosine of their vectors.
 
 Sources: Mikolov et al., "Distributed representations of words and phrases and their
 compositionality", arXiv:1310.4546, 2013 (the method, and frequent words left out at random);
@@ -53,20 +54,20 @@ METHODS = DENSE, ROWS, LAZY = "dense", "rows", "rows, lazy"
 
 Codes = NDArray[np.int32]
 Tx: TypeAlias = optax.GradientTransformation
-Step = tuple["Tables", Any, jax.Array]  # the tables and the state after, and the loss of a pair
+Step = tuple["Tables", Any, jax.Array]  # new tables and state, and the loss per pair
 
 SIZES = tuple(2**k for k in (12, 14, 16, 18))
-WIDTH = 64  # numbers in a row
-WINDOW = 4  # words to either side that count as neighbours
+WIDTH = 64  # elements in a row
+WINDOW = 4  # words on each side that count as neighbours
 NEGATIVES = 5  # words drawn at random for each neighbour
 FREQUENT = 1e-3  # words with a larger share of the text are left out at random
-LAST = 250  # steps over whose losses a longer run is judged
+LAST = 250  # steps whose mean loss is reported for a longer run
 WORDS = ("king", "queen", "father", "thou", "love", "night", "death", "three")
-SEEN = 30  # times that a word must occur to be shown as the nearest to another
+SEEN = 30  # times a word must occur to be listed as a nearest one
 
 
 class Text(NamedTuple):
-    """Its words, sorted, how often each occurs, and pairs (n, 2) of neighbours, as codes."""
+    """The sorted words, how often each occurs, and pairs (n, 2) of neighbours, as codes."""
 
     words: list[str]
     counts: NDArray[np.int64]
@@ -84,14 +85,15 @@ def data() -> Text:
 
 
 def places(words: Sequence[str], n: int) -> Codes:
-    """The row of each word in a table of n."""
+    """The row of each word in a table of n rows."""
     return np.array([zlib.crc32(word.encode()) % n for word in words], np.int32)
 
 
 def batches(text: Text, n: int, size: int, steps: int, seed: int) -> Iterator[tuple[Codes, Codes]]:
-    """Rows of words (size,), and of a neighbour of each and NEGATIVES others (size, NEGATIVES + 1).
+    """Batches of table rows: of words (size,), and of others (size, NEGATIVES + 1).
 
-    Each epoch goes through the pairs in an order of its own; a rest that fills no batch sits out.
+    The others of a word are one of its neighbours, then NEGATIVES words drawn at random. The pairs
+    are shuffled for each epoch; an incomplete last batch is dropped.
     """
     at, drawn = places(text.words, n), np.cumsum(text.counts**0.75)
     rng, each = np.random.default_rng(seed), len(text.pairs) // size
@@ -104,29 +106,29 @@ def batches(text: Text, n: int, size: int, steps: int, seed: int) -> Iterator[tu
 
 
 class Tables(NamedTuple):
-    """The two tables, or what there is for each: its state, its gradient."""
+    """The two tables, or their states or gradients."""
 
     words: Any
     neighbours: Any
 
 
 def start(n: int, seed: int) -> Tables:
-    """Small random vectors of words, and zeros."""
+    """Small random vectors for words, and zeros for neighbours."""
     words = np.random.default_rng(seed).random((n, WIDTH), np.float32)
     return Tables(jnp.asarray((words - 0.5) / WIDTH), jnp.zeros((n, WIDTH)))
 
 
 def negative_sampling(words: jax.Array, others: jax.Array) -> jax.Array:
-    """The loss of words (n, WIDTH), and for each a neighbour and NEGATIVES others.
+    """The loss of words (n, WIDTH) and, for each, a neighbour and NEGATIVES other words.
 
-    Summed over the batch, so that the gradient of a row does not depend on the size of the batch.
+    Summed over the batch, so that the gradient of a row does not depend on the batch size.
     """
     logits = jnp.einsum("nd,nkd->nk", words, others)
     return -jnp.sum(jax.nn.log_sigmoid(logits.at[:, 1:].multiply(-1)))
 
 
 def dense_step(tx: Tx, tables: Tables, state: Any, i: Any, j: Any) -> Step:
-    """The usual way: the gradient is with respect to the tables."""
+    """The usual step: the gradient is with respect to the tables."""
 
     def loss(tables: Tables) -> jax.Array:
         return negative_sampling(tables.words[i], tables.neighbours[j])
@@ -137,7 +139,7 @@ def dense_step(tx: Tx, tables: Tables, state: Any, i: Any, j: Any) -> Step:
 
 
 def rows_step(tx: Tx, tables: Tables, states: Any, i: Any, j: Any) -> Step:
-    """The gradient is with respect to the rows that are looked up, and only these are stepped."""
+    """The gradient is with respect to the rows that are looked up, and only they make a step."""
     loss = jax.value_and_grad(negative_sampling, argnums=(0, 1))
     value, grads = loss(tables.words[i], tables.neighbours[j])
     words, of_words = rows.update(tx, i, grads[0], tables.words, states.words)
@@ -146,9 +148,9 @@ def rows_step(tx: Tx, tables: Tables, states: Any, i: Any, j: Any) -> Step:
 
 
 def embed_step(tx: Tx, embed: nnx.Embed, state: Any, i: Any, loss: Callable) -> Any:
-    """The same for a module: its table moves, and the state is returned.
+    """The same for a module: updates its table in place and returns the state.
 
-    The loss is given the rows instead of embed(i). In linen the table is params["embedding"].
+    The loss takes the rows instead of embed(i). In linen the table is params["embedding"].
     """
     table = embed.embedding[...]
     grads = jax.grad(loss)(table[i])
@@ -157,7 +159,7 @@ def embed_step(tx: Tx, embed: nnx.Embed, state: Any, i: Any, loss: Callable) -> 
 
 
 class Run(NamedTuple):
-    """The tables at the end, the loss of each step, and the median of their milliseconds."""
+    """The final tables, the loss at each step, and the median milliseconds per step."""
 
     tables: Tables
     losses: list[float]
@@ -180,11 +182,11 @@ def train(method: str, tx: Tx, tables: Tables, feed: Iterable[Any], bar: Any) ->
         seconds.append(time.perf_counter() - begun)
         losses.append(float(loss))
         bar.update()
-    return Run(tables, losses, 1e3 * float(np.median(seconds[1:])))  # the first one compiles
+    return Run(tables, losses, 1e3 * float(np.median(seconds[1:])))  # the first step compiles
 
 
 def nearest(text: Text, vectors: NDArray[np.float32], word: str, count: int = 6) -> list[str]:
-    """The words, of those that occur SEEN times, whose vectors have the largest cosines with it."""
+    """The words with the largest cosines, among those that occur at least SEEN times."""
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     order = np.argsort(-(unit @ unit[text.words.index(word)]))
     near = [text.words[code] for code in order if text.counts[code] >= SEEN]
@@ -192,10 +194,11 @@ def nearest(text: Text, vectors: NDArray[np.float32], word: str, count: int = 6)
 
 
 class Result(NamedTuple):
-    """Milliseconds of a step by method, for each number of rows; for the last of these the rest.
+    """The results: `ms` for each number of rows, everything else for the largest.
 
-    The losses of the steps that were compared; how far the tables of dense and rows are apart after
-    them, and their largest number; the last losses of longer runs; and words with the nearest ones.
+    Milliseconds per step and losses of the compared steps, both by method; the largest difference
+    between the tables of dense and rows after them, and the tables' largest element; the final
+    losses of the longer runs; and words with their nearest ones.
     """
 
     sizes: list[int]
@@ -208,20 +211,20 @@ class Result(NamedTuple):
 
 
 def print_tables(result: Result) -> None:
-    print("Milliseconds of a step, by the rows of a table")
+    print("Milliseconds per step, by rows of a table")
     print(f"{'':10}" + "".join(f"{n:10,}" for n in result.sizes))
     for name, ms in result.ms.items():
         print(f"{name:10}" + "".join(f"{value:10.2f}" for value in ms))
     n = len(result.losses[DENSE])
     at = sorted(set(np.linspace(1, n, 5).astype(int)))
-    print(f"\nLoss of a pair at {result.sizes[-1]:,} rows, by step; last {LAST} of a longer run")
+    print(f"\nLoss per pair at {result.sizes[-1]:,} rows, by step; last {LAST} of a longer run")
     print(f"{'':10}" + "".join(f"{step:10}" for step in at) + f"{'last':>10}")
     for name, losses in result.losses.items():
         last = f"{result.last[name]:10.4f}" if name in result.last else ""
         print(f"{name:10}" + "".join(f"{losses[step - 1]:10.6f}" for step in at) + last)
-    print(f"\nAfter {n} steps the tables of dense and rows are at most {result.apart:.1e} apart;")
-    print(f"their largest number is {result.largest:.2f}.")
-    print(f"\nNearest after a longer run by rows, of words that occur {SEEN} times or more")
+    print(f"\nAfter {n} steps the tables of dense and rows differ by at most {result.apart:.1e};")
+    print(f"their largest element is {result.largest:.2f}.")
+    print(f"\nNearest words after a longer run with rows, of those that occur {SEEN} times or more")
     for word, others in result.nearest.items():
         print(f"{word:10}{' '.join(others)}")
 
@@ -242,16 +245,16 @@ def main(argv: Sequence[str] | None = None) -> Result:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=20_000, help="of the longer runs")
-    parser.add_argument("--compared", type=int, default=40, help="steps of all three ways")
-    parser.add_argument("--rows", type=int, nargs="+", default=SIZES, help="of a table")
+    parser.add_argument("--steps", type=int, default=20_000, help="steps of the longer runs")
+    parser.add_argument("--compared", type=int, default=40, help="steps that all three make")
+    parser.add_argument("--rows", type=int, nargs="+", default=SIZES, help="rows of a table")
     parser.add_argument("--batch", type=int, default=256, help="pairs of neighbours")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/embeddings.png"))
     args = parser.parse_args(argv)
 
     text, sizes = data(), sorted(set(args.rows))
-    if min(args.steps, args.compared) < 2:  # in the first step a program is compiled
+    if min(args.steps, args.compared) < 2:  # the first step compiles
         parser.error("--steps and --compared must be at least 2")
     if not 1 <= sizes[0] <= sizes[-1] <= 2**24:
         parser.error(f"--rows must be from 1 to {2**24}")

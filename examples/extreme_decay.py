@@ -1,21 +1,25 @@
-"""RMSProp at the ends of its decay: 1 never learns a scale, 0 keeps nothing but the sign.
+"""RMSProp at the extremes of its decay: 1 never learns a scale, 0 keeps only the sign.
 
     python examples/extreme_decay.py
 
 Descends f(x) = x² / 2, whose gradient is x, from -2.9, by s <- γ s + (1 - γ) g² and
-x <- x - η g / √(s + ε). At γ = 1 the mean s stays what it was at the start, and the rule is
-gradient descent. From s = 0 its rate is η / √ε, with an ε of 1e-6 a thousand times the learning
-rate: it diverges, here wherever the rate is above 2, unless ε is large. From s = 1, where
-TensorFlow 1 starts, it is η / √(1 + ε), and no gradient ever has a part in it. At γ = 0 the mean is
-the square of the newest gradient, and the step is η sign(g), however steep the slope, until g is
-as small as √ε: x comes at an even pace, then jumps to and fro over the minimum, by η each time.
+x <- x - η g / √(s + ε).
 
-Prints the step of each and where it leads, with the largest difference from gradient descent and
-sign descent themselves, as a share of |x| or, if that is larger, of η; at γ = 0 it is the work of
-ε. Draws the distance from the minimum, and x where it stays bounded.
+At γ = 1, s keeps its initial value, and the rule is gradient descent. From s = 0 its rate is
+η / √ε, which for ε = 1e-6 is a thousand times the learning rate. On this function gradient descent
+diverges at rates above 2, so it diverges unless ε is large. From s = 1, where TensorFlow 1 starts,
+the rate is η / √(1 + ε), and gradients never influence it.
+
+At γ = 0, s is the square of the newest gradient, and the step is η sign(g), however steep the
+slope, until g is as small as √ε. x approaches the minimum at a constant pace, then jumps back and
+forth across it, by η each time.
+
+Prints the step of each run and where it leads, with the largest difference from gradient descent or
+sign descent, divided by |x| or by η, whichever is larger; at γ = 0 it is caused by ε. Draws the
+distance from the minimum, and x where it stays bounded.
 
 Sources: Hinton, Srivastava and Swersky, "Neural networks for machine learning", lecture 6e, 2012
-(the rule, made from sign descent for use in batches); Zhang, Lipton, Li and Smola, "Dive into deep
+(the rule, which adapts sign descent to mini-batches); Zhang, Lipton, Li and Smola, "Dive into deep
 learning", section RMSProp (the question of γ = 1).
 """
 
@@ -65,7 +69,7 @@ def sign_descent(rate: float, steps: int) -> list[float]:
 
 
 class Run(NamedTuple):
-    """A rule, its step, where it goes, and where the simpler rule goes that it should equal."""
+    """A rule, its step and path, the path of the simpler rule it reduces to, and the difference."""
 
     decay: float
     initial_scale: float
@@ -85,7 +89,7 @@ def compare(rate: float, decay: float, initial_scale: float, eps: float, steps: 
         step, simpler = f"{rate:g} sign(g)", sign_descent(rate, steps)
     else:
         return Run(decay, initial_scale, eps, f"{rate:g} g / root of s", x, None, None)
-    # Gradients above 1e154 have no square; the transformation stays finite.
+    # The squares of gradients above 1e154 overflow; the transformation stays finite.
     pairs = [(a, b) for a, b in zip(x, simpler, strict=True) if abs(b) < 1e150]
     difference = max(abs(a - b) / max(abs(b), rate) for a, b in pairs)
     return Run(decay, initial_scale, eps, step, x, simpler, difference)
@@ -99,7 +103,7 @@ def draw(runs: Sequence[Run], out: Path) -> None:
             label = rf"$\gamma$ = {run.decay:g}{start}, ε = {run.eps:g}: a step of {run.step}"
             look = {"color": f"C{i}", "markersize": 4}
             distance.plot(np.abs(run.x), STYLES[i], label=label, **look)
-            if max(map(abs, run.x)) <= LIMIT:  # of what diverges there would be upright lines
+            if max(map(abs, run.x)) <= LIMIT:  # a run that diverges would be a vertical line
                 position.plot(run.x, STYLES[i], **look)
         distance.set(yscale="log", ylim=(1e-6, 1e6), xlabel="step", ylabel="distance |x| from 0")
         position.set(xlabel="step", ylabel="x")
@@ -129,11 +133,11 @@ def main(argv: Sequence[str] | None = None) -> list[Run]:
     args = parser.parse_args(argv)
     rate, eps = args.learning_rate, args.eps
     if args.steps < 1 or not (rate > 0 and eps > 0):
-        parser.error("--steps must be at least 1, --learning-rate and --eps above 0")
+        parser.error("--steps must be at least 1, --learning-rate and --eps positive")
 
-    large = (rate / 1.5) ** 2  # so that x changes sides, and comes nearer
+    large = (rate / 1.5) ** 2  # x changes sides and comes closer
     cases = ((1, 0, eps), (1, 0, large), (1, 1, eps), (0, 0, eps), (0.9, 0, eps))
-    with jax.enable_x64(True):  # so that what differs is not rounding
+    with jax.enable_x64(True):  # so that the differences are not rounding
         runs = [compare(rate, decay, start, at, args.steps) for decay, start, at in cases]
 
     draw(runs, args.out)

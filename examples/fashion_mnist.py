@@ -1,23 +1,23 @@
-"""Pictures of clothes: how accuracy depends on the learning rate, for RMSProp and for others.
+"""Fashion-MNIST: how accuracy depends on the learning rate, for RMSProp and other methods.
 
     python examples/fashion_mnist.py                             # 13 learning rates
     python examples/fashion_mnist.py --rates 1e-3 3e-3 --epochs 5
 
-A network of one hidden layer, the MLP, is trained at every learning rate from several seeds: for
-each method one compiled program trains all of these at once. The rate with the best accuracy on
-10,000 training pictures that are held out is then used for a small convolutional network, the CNN,
-trained on its own. Both are in Flax NNX. Test pictures play no part before the CNNs are done.
-RMSProp takes part twice: at constant rates, as the other methods do, and at rates that fall
-linearly to zero over the training.
+A network with one hidden layer, the MLP, is trained at every learning rate from several seeds; for
+each method, one compiled program trains all of these at once. The rate with the best accuracy on
+10,000 held-out training pictures is then used to train a small convolutional network, the CNN. Both
+are in Flax NNX. The test pictures are used only after the CNNs are trained. RMSProp takes part
+twice: at constant rates, like the other methods, and at rates that fall linearly to zero.
 
-Prints the accuracy and loss of the MLP at every rate, on the held-out pictures; and for each method
-the best rate, the rates whose accuracy is within 0.01 of it, and how the CNN does. Draws these, and
-the training loss of the CNN. That is one run a method: where the rate is constant, other seeds give
-accuracies about 0.01 away, so smaller differences between the CNNs tell nothing.
+Prints the accuracy and loss of the MLP on the held-out pictures at every rate; and, for each
+method, the best rate, the rates whose accuracy is within 0.01 of it, and the accuracies of the CNN.
+Draws these, and the training loss of the CNN. The CNN is trained once per method: at constant
+rates, other seeds change its accuracy by about 0.01, so smaller differences between the CNNs mean
+nothing.
 
-To try RMSProp on Fashion-MNIST, with several ways to set the learning rate, is an exercise in
-section 12.8, "RMSProp", of Zhang, Lipton, Li and Smola, Dive into Deep Learning. The data: Xiao,
-Rasul and Vollgraf, "Fashion-MNIST", arXiv:1708.07747, 2017.
+Trying RMSProp on Fashion-MNIST with several learning rate schedules is an exercise in section 12.8,
+"RMSProp", of Zhang, Lipton, Li and Smola, Dive into Deep Learning. The data: Xiao, Rasul and
+Vollgraf, "Fashion-MNIST", arXiv:1708.07747, 2017.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from rmsprop_jax import rmsprop
 
 Rows = NDArray[np.int64]
 Figures = NDArray[np.float32]
-Method = Callable[[Any, int], optax.GradientTransformation]  # of a learning rate and all steps
+Method = Callable[[Any, int], optax.GradientTransformation]  # of learning rate and steps
 
 METHODS: dict[str, Method] = {
     "RMSProp": lambda rate, _: rmsprop(rate),
@@ -57,11 +57,11 @@ STYLES: dict[str, dict[str, Any]] = {
     "SGD": {"color": "C3", "linestyle": ":", "marker": "v"},
 }
 RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-CLOSE = 0.01  # of the best accuracy
+CLOSE = 0.01  # largest distance from the best accuracy
 
 
 class Pictures(NamedTuple):
-    """Pictures (n, 28, 28) and labels (n,): to train on, to choose on, and to test on."""
+    """Pictures (n, 28, 28) and labels (n,): to train on, held out to choose on, and to test on."""
 
     x: jax.Array
     y: jax.Array
@@ -91,7 +91,7 @@ class MLP(nnx.Module):
 
 
 class CNN(nnx.Module):
-    """Two convolutions, after each of which a picture has half the size, and a hidden layer."""
+    """Two convolutions, each of which halves the size of the picture, and a hidden layer."""
 
     def __init__(self, rngs: nnx.Rngs) -> None:
         self.conv1 = nnx.Conv(1, 16, (5, 5), strides=2, rngs=rngs)
@@ -116,24 +116,24 @@ def accuracy(net: MLP | CNN, x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def batches_of(rows: int, epochs: int, size: int, seed: int) -> Rows:
-    """Row numbers; each epoch has an order of its own, and rows that fill no batch sit out."""
+    """Row numbers, shuffled for each epoch; an incomplete last batch is dropped."""
     rng = np.random.default_rng(seed)
     orders = [rng.permutation(rows)[: rows // size * size] for _ in range(epochs)]
     return np.concatenate(orders).reshape(-1, size)
 
 
 class Sweep(NamedTuple):
-    """Of the held-out pictures, for each learning rate and seed."""
+    """Loss and accuracy on the held-out pictures, for each learning rate and seed."""
 
     losses: Figures
     accuracies: Figures
 
     def best(self) -> int:
-        """The rate of the highest mean accuracy; a network with NaN guesses, and is no danger."""
+        """The index of the rate with the highest mean accuracy; a network with NaN only guesses."""
         return int(self.accuracies.mean(axis=1).argmax())
 
     def close(self) -> list[int]:
-        """The rates whose mean accuracy is at most CLOSE below the highest."""
+        """The indices of the rates whose mean accuracy is at most CLOSE below the highest."""
         means = self.accuracies.mean(axis=1)
         return np.flatnonzero(means >= means.max() - CLOSE).tolist()
 
@@ -141,7 +141,7 @@ class Sweep(NamedTuple):
 def sweep(
     method: Method, rates: Sequence[float], pictures: Pictures, epochs: int, size: int, seeds: int
 ) -> Sweep:
-    """Trains an MLP at every rate from every seed, all of them in one program."""
+    """Trains an MLP at every rate from every seed, all in one program."""
     batches = np.stack([batches_of(len(pictures.x), epochs, size, s) for s in range(seeds)])
 
     def trained(rate: jax.Array, seed: jax.Array, batches: jax.Array, pictures: Pictures) -> Any:
@@ -168,14 +168,14 @@ def sweep(
 
 @nnx.jit(donate_argnames=("net", "optimizer"))
 def train_step(net: CNN, optimizer: nnx.Optimizer, x: jax.Array, y: jax.Array) -> jax.Array:
-    """Moves the network one step, and returns the loss that it had before."""
+    """Makes one step, and returns the loss before it."""
     loss, grads = nnx.value_and_grad(cross_entropy)(net, x, y)
     optimizer.update(net, grads)
     return loss
 
 
 class Run(NamedTuple):
-    """Of a CNN: its learning rate, the training loss of each step, and accuracies at the end."""
+    """The learning rate of a CNN, its training loss at each step, and its final accuracies."""
 
     rate: float
     losses: list[float]
@@ -184,7 +184,7 @@ class Run(NamedTuple):
 
 
 def train(name: str, rate: float, pictures: Pictures, epochs: int, size: int, seed: int = 0) -> Run:
-    """Trains a CNN."""
+    """Trains a CNN with the method of this name."""
     batches = batches_of(len(pictures.x), epochs, size, seed)
     net = CNN(nnx.Rngs(seed))
     optimizer = nnx.Optimizer(net, METHODS[name](rate, len(batches)), wrt=nnx.Param)
@@ -201,7 +201,7 @@ def train(name: str, rate: float, pictures: Pictures, epochs: int, size: int, se
 
 
 class Result(NamedTuple):
-    """The learning rates; by method, what came of them in the MLP and of the best in the CNN."""
+    """The learning rates; by method, the MLPs at all of them and the CNN at the best."""
 
     rates: list[float]
     sweeps: dict[str, Sweep]
@@ -252,10 +252,10 @@ def main(argv: Sequence[str] | None = None) -> Result:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--epochs", type=int, default=2, help="of the MLP and of the CNN")
+    parser.add_argument("--epochs", type=int, default=2, help="epochs of MLP and CNN")
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="learning rates")
-    parser.add_argument("--seeds", type=int, default=3, help="MLPs at each rate")
+    parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="rates to try")
+    parser.add_argument("--seeds", type=int, default=3, help="number of MLPs per rate")
     parser.add_argument("--out", type=Path, default=Path("out/fashion_mnist.png"))
     args = parser.parse_args(argv)
 
@@ -272,7 +272,7 @@ def main(argv: Sequence[str] | None = None) -> Result:
     result = Result(rates, sweeps, runs)
 
     draw(result, args.epochs, args.out)
-    print("Accuracy and loss of the MLP on the held-out pictures, mean of the networks\n")
+    print("Accuracy and loss of the MLP on the held-out pictures, averaged over the seeds\n")
     print_tables(result)
     best = max(runs, key=lambda name: runs[name].test_accuracy)
     print(

@@ -1,15 +1,15 @@
-"""One network trained on many devices in several ways: the losses are alike, the memory is not.
+"""One network trained on many devices in several ways: equal losses, different memory.
 
     python examples/multi_device.py                                   # Fashion-MNIST, 8 devices
     python examples/multi_device.py --mode fsdp zero1 --data random   # two ways, made-up pictures
 
-The devices are the accelerators present or, without any, virtual devices of the CPU; with
-JAX_PLATFORMS=cpu they are virtual in any case. A network in Flax NNX goes each way from the same
-start over the same batches. Prints how many bytes one device holds, some losses on one device alone
-and how far those of each way are from them, and the accuracy on test pictures; ends with the
-largest difference of all. Draws the bytes and the differences. Several devices add in another order
-than one, so the losses differ by rounding: with the default flags by some 4e-7; in runs of a
-thousand steps the differences grow.
+The devices are the accelerators of this machine or, if it has none, virtual devices on the CPU;
+with JAX_PLATFORMS=cpu they are always virtual. Each way trains the same network in Flax NNX, from
+the same start and over the same batches. Prints how many bytes one device holds, some losses on one
+device and how far those of each way are from them, and the accuracy on test pictures; ends with the
+largest difference of all. Draws the bytes and the differences. Several devices add in a different
+order than one, so the losses differ by rounding: about 4e-7 with the default flags. The differences
+grow over runs of a thousand steps.
 """
 
 import argparse
@@ -20,8 +20,8 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# Read when jax is imported. Virtual devices wait for each other, each in a thread of its own; left
-# to itself, jax starts no more threads than there are cores, and a step on more devices can hang.
+# Read when jax is imported. Virtual devices wait for each other, each in its own thread. By default
+# jax starts no more threads than there are cores, and a step on more devices can hang.
 os.environ.setdefault("NPROC", "32")
 
 from flax import nnx
@@ -40,12 +40,12 @@ from rmsprop_jax import rmsprop, sharding
 
 Params = Any
 State = Any
-Loss = Callable[..., jax.Array]  # of parameters and a batch, its pictures and their labels
-Grad = Callable[..., tuple[jax.Array, Params]]  # of the same; the loss comes first
+Loss = Callable[..., jax.Array]  # of parameters, pictures and labels
+Grad = Callable[..., tuple[jax.Array, Params]]  # of the same; returns the loss first
 
 
 class Net(nnx.Module):
-    """Hidden layers of 256 and 128; smooth, since at a kink differences of rounding can grow."""
+    """Hidden layers of 256 and 128; smooth, because rounding differences can grow at a kink."""
 
     def __init__(self, rngs: nnx.Rngs) -> None:
         self.fc1 = nnx.Linear(28 * 28, 256, rngs=rngs)
@@ -61,14 +61,14 @@ class Net(nnx.Module):
 def step(
     tx: optax.GradientTransformation, grad: Grad, params: Params, state: State, *batch: jax.Array
 ) -> tuple[Params, State, jax.Array]:
-    """The step of every way, with the loss before it."""
+    """The step that every way makes; also returns the loss before it."""
     loss, grads = grad(params, *batch)
     updates, state = tx.update(grads, state, params)
     return optax.apply_updates(params, updates), state, loss
 
 
 class Way(NamedTuple):
-    """Parameters and state where they are to be, and the step, which leaves them there."""
+    """Parameters and state, placed on their devices, and the step, which keeps them there."""
 
     params: Params
     state: State
@@ -76,14 +76,14 @@ class Way(NamedTuple):
 
 
 def one(mesh: Mesh, tx: optax.GradientTransformation, loss: Loss, params: Params) -> Way:
-    """The first device does all."""
+    """The first device does everything."""
     train_step = functools.partial(step, tx, jax.value_and_grad(loss))
     params = jax.device_put(params, mesh.devices.flat[0])
     return Way(params, jax.jit(tx.init)(params), jax.jit(train_step, donate_argnums=(0, 1)))
 
 
 def pmap(mesh: Mesh, tx: optax.GradientTransformation, loss: Loss, params: Params) -> Way:
-    """Each device runs a program of its own, on its entry of the first axis of every array."""
+    """Each device runs the program on its own entry of the first axis of every array."""
     mapped = functools.partial(jax.pmap, axis_name="data", devices=list(mesh.devices.flat))
 
     def grad(params: Params, *batch: jax.Array) -> tuple[jax.Array, Params]:
@@ -103,7 +103,7 @@ def pmap(mesh: Mesh, tx: optax.GradientTransformation, loss: Loss, params: Param
 def in_jit(
     mesh: Mesh, tx: optax.GradientTransformation, loss: Loss, params: Params, placed: Any
 ) -> Way:
-    """The program of one device: which device computes what follows from what lies where."""
+    """The program of one device; the placement of arrays decides which device computes what."""
     state_placed = sharding.state_sharding(tx, params, placed)
     rows = NamedSharding(mesh, P("data"))
     train_step = jax.jit(
@@ -117,22 +117,22 @@ def in_jit(
 
 
 def data(mesh: Mesh, tx: optax.GradientTransformation, loss: Loss, params: Params) -> Way:
-    """Each device has its rows of the batch, and all parameters and state."""
+    """Batches are sharded; parameters and state are replicated."""
     return in_jit(mesh, tx, loss, params, NamedSharding(mesh, P()))
 
 
 def fsdp(mesh: Mesh, tx: optax.GradientTransformation, loss: Loss, params: Params) -> Way:
-    """Each device has its part of the parameters, too, and the state of that part."""
+    """Parameters and state are sharded, too."""
     return in_jit(mesh, tx, loss, params, sharding.fsdp_shardings(params, mesh, "data", min_size=0))
 
 
 def zero1(mesh: Mesh, tx: optax.GradientTransformation, loss: Loss, params: Params) -> Way:
-    """Each device has all parameters, and its part of the state."""
+    """The state is sharded, but the parameters are replicated."""
     return in_jit(mesh, sharding.zero1(tx, mesh, "data"), loss, params, NamedSharding(mesh, P()))
 
 
 def shard_map(mesh: Mesh, tx: optax.GradientTransformation, loss: Loss, params: Params) -> Way:
-    """As zero1, in a program that each device runs on its part of every array, as in pmap."""
+    """Like zero1, but each device runs the program on its own part of every array, as in pmap."""
     tx = sharding.zero1_mapped(tx, "data")
     everywhere = NamedSharding(mesh, P())
     state_placed = sharding.state_sharding(tx, params, everywhere)
@@ -142,7 +142,7 @@ def shard_map(mesh: Mesh, tx: optax.GradientTransformation, loss: Loss, params: 
 
     def grad(params: Params, *batch: jax.Array) -> tuple[jax.Array, Params]:
         value, grads = jax.value_and_grad(loss)(params, *batch)
-        return lax.pmean(value, "data"), grads  # whose mean zero1_mapped takes
+        return lax.pmean(value, "data"), grads  # zero1_mapped averages them
 
     init = mapped(tx.init, in_specs=P(), out_specs=specs)
     train_step = mapped(
@@ -158,7 +158,7 @@ WAYS = {way.__name__: way for way in (one, pmap, data, fsdp, zero1, shard_map)}
 
 
 def random_pictures(seed: int) -> real_data.FashionMNIST:
-    """One picture of each class, under as much noise."""
+    """One picture per class, with noise of the same size added."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(10, size=2560, dtype=np.uint8)
     images = rng.integers(128, size=(10, 28, 28), dtype=np.uint8)[labels]
@@ -172,7 +172,7 @@ def bytes_on(device: jax.Device, tree: Any) -> int:
 
 
 class Result(NamedTuple):
-    """What the first device held after the last step, the loss of each, and what came of them."""
+    """The bytes on the first device after the last step, the loss at each step, the accuracy."""
 
     param_bytes: int
     state_bytes: int
@@ -181,14 +181,14 @@ class Result(NamedTuple):
 
 
 def differences(results: Mapping[str, Result]) -> dict[str, np.ndarray]:
-    """By how much the loss of each step is above that on one device."""
+    """How far the loss at each step is above that on one device."""
     one = results["one"].losses
     return {name: np.subtract(result.losses, one) for name, result in results.items()}
 
 
 def print_table(results: Mapping[str, Result], steps: int) -> None:
     at = sorted({1, (steps + 1) // 2, steps})
-    print(f"{'':9}  {'bytes on one device':>22}  loss of step; of other ways its difference")
+    print(f"{'':9}  {'bytes on one device':>22}  loss at step; for other ways, its difference")
     columns = "".join(f"{step:11}" for step in at)
     print(f"{'way':9}  {'parameters':>10}  {'state':>10}{columns}  accuracy")
     away = differences(results)
@@ -232,19 +232,19 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Result]:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--mode", nargs="+", choices=WAYS, default=list(WAYS), help="after one; default: all"
+        "--mode", nargs="+", choices=WAYS, default=list(WAYS), help="ways besides one; default: all"
     )
     parser.add_argument("--devices", type=int, help="default: all accelerators, or 8 virtual")
     parser.add_argument("--data", choices=["random", "fashion-mnist"], default="fashion-mnist")
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--batch", type=int, default=512, help="pictures for all devices together")
+    parser.add_argument("--batch", type=int, default=512, help="pictures, on all devices together")
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--momentum", type=float, default=0.9)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/multi_device.png"))
     args = parser.parse_args(argv)
 
-    with contextlib.suppress(RuntimeError):  # JAX has begun, with the devices that it has
+    with contextlib.suppress(RuntimeError):  # JAX is already running, with fixed devices
         jax.config.update("jax_num_cpu_devices", args.devices or 8)
     devices = jax.devices()
     if args.devices is not None and not 1 <= args.devices <= len(devices):
@@ -261,7 +261,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Result]:
     tx = rmsprop(args.learning_rate, momentum=args.momentum)
     graphdef, start = nnx.split(Net(nnx.Rngs(args.seed)), nnx.Param)
     # In NumPy: JAX's copies on several devices may share memory with the original, and the step
-    # reuses that of the parameters it is given.
+    # reuses the memory of its parameters.
     start = jax.device_get(start)
 
     def loss(params: Params, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -274,11 +274,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Result]:
         losses = []
         for rows in tqdm(batches, desc=f"{name:9}", unit="step"):
             batch = pictures.images[rows], pictures.labels[rows]
-            # Steps overlap unless waited for, and virtual devices on few cores then wait for each
-            # other for ever, as they do with too few threads.
+            # Without waiting, steps overlap, and virtual devices on few cores can deadlock, as they
+            # do with too few threads.
             params, state, value = jax.block_until_ready(train_step(params, state, *batch))
             losses.append(float(value))
-        # Those of pmap have an axis of devices before their own.
+        # Parameters of pmap have a leading axis of devices.
         whole = jax.tree.map(lambda p, s: np.asarray(p).reshape(-1, *s.shape)[0], params, start)
         guesses = nnx.merge(graphdef, whole)(jnp.asarray(pictures.test_images)).argmax(axis=1)
         held = bytes_on(devices[0], params), bytes_on(devices[0], state)
@@ -289,7 +289,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Result]:
     print(f"{n} devices ({devices[0].device_kind}), {args.steps} steps of {args.batch} pictures\n")
     print_table(results, args.steps)
     away = np.abs(list(differences(results).values())).max()
-    print(f"\nLosses at most {away:.1e} from those of one device, picture in {args.out}")
+    print(f"\nLosses differ from those of one device by at most {away:.1e}, picture in {args.out}")
     return results
 
 

@@ -1,28 +1,28 @@
-"""Many processes train one network, and any of them may die: what is lost is a few steps.
+"""Trains one network in many processes, any of which may die: only a few steps are lost.
 
-    python examples/multi_process.py --processes 2    # so many on this machine, on its CPU
+    python examples/multi_process.py --processes 2    # starts two on the CPU of this machine
 
-On a cluster, run it once a process, with a folder that all of them see. They find each other:
+On a cluster, run it once per process, with a folder that all of them can see. They find each other:
 
-    # Slurm: a task for each GPU. A task must see all GPUs of its node, so no --gpus-per-task.
+    # Slurm: one task per GPU. A task must see all GPUs of its node, so no --gpus-per-task.
     srun --gpus-per-node=8 --ntasks-per-node=8 python multi_process.py --checkpoint FOLDER
     # Cloud TPU
     gcloud compute tpus tpu-vm ssh NAME --worker=all --command="python multi_process.py ..."
-    # Kubernetes: in the pods of a JobSet, or of an Indexed Job with a headless service. But for
-    # TPUs on GKE it needs pip install "jax[k8s]", and pods that may list pods and get jobs.
+    # Kubernetes: in the pods of a JobSet, or of an Indexed Job with a headless service. Except for
+    # TPUs on GKE, it needs pip install "jax[k8s]", and pods that may list pods and get jobs.
     python multi_process.py --checkpoint FOLDER
-    # anywhere else: the same with --process 1, 2 and 3, where HOST is that of process 0
+    # anywhere else: the same with --process 1, 2 and 3, where HOST is the one of process 0
     python multi_process.py --coordinator HOST:1234 --processes 4 --process 0 --checkpoint FOLDER
 
-The network of simplenet.py learns the airfoil's noise, each device from its part of every batch.
-Every so many steps the parameters and the optimizer's state are saved. If a process dies, the
-others end within seconds, with a code that is not 0; the same command goes on from the newest
-checkpoint that is whole and ends with the bits of a run that nothing happened to, also with other
-processes that have as many devices. If the disk is full, the run ends, and what was saved stays.
-On SIGTERM, which schedulers send before they take a machine away, or Ctrl-C with --processes, all
-save the step they are at and end with code 143. What cannot be done is refused with code 2. Two
-runs cannot share a folder: a lock keeps the second out, but there is none in a bucket (gs://...).
-Prints the test loss and a hash of the parameters.
+The network of simplenet.py learns the airfoil's noise; each device computes its part of every
+batch. Parameters and optimizer state are saved every --every steps. If a process dies, the others
+end within seconds, with a nonzero exit code. The same command then resumes from the newest intact
+checkpoint, and its result is bit-identical to that of a run without interruption, even with another
+number of processes, as long as the number of devices is the same. If the disk is full, the run
+ends, and what it saved stays. On SIGTERM, which schedulers send before they take a machine away, or
+on Ctrl-C with --processes, every process saves the current step and exits with code 143. Requests
+that cannot work are refused with code 2. Two runs cannot share a folder: a lock keeps the second
+out, but there is none in a bucket (gs://...). Prints the test loss and a hash of the parameters.
 """
 
 import argparse
@@ -52,11 +52,11 @@ import simplenet
 from simplenet import Rows, SimpleNet
 
 PATIENCE = 10  # seconds of silence after which a process counts as dead
-REFUSED = 2  # the code of a run that would fail again
+REFUSED = 2  # the exit code of a run that would fail again
 
 
 def launch(processes: int, argv: Sequence[str]) -> None:
-    """Runs this program in so many processes, and waits until all have ended."""
+    """Runs this program in this many processes, and waits until all have ended."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -65,14 +65,14 @@ def launch(processes: int, argv: Sequence[str]) -> None:
     children = []
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # in the children: Ctrl-C reaches them, too
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # for the children: Ctrl-C reaches them, too
         for i in range(processes):
             children.append(subprocess.Popen([*command, str(i)], env=env))
             print(f"process {i}: pid {children[i].pid}", flush=True)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         while None in (now := [child.poll() for child in children]) and not any(now):
             time.sleep(0.1)
-        for child in children:  # if one has failed, the others end by themselves, once connected
+        for child in children:  # if one failed, connected ones end by themselves
             child.wait(2 * PATIENCE)
     except (KeyboardInterrupt, subprocess.TimeoutExpired):
         for child in children:
@@ -89,23 +89,25 @@ def launch(processes: int, argv: Sequence[str]) -> None:
             print(f"multi_process.py: {ends}", file=sys.stderr)
             sys.exit(REFUSED)
         raise SystemExit(
-            f"multi_process.py: {ends}; the same command goes on from the newest whole checkpoint"
+            f"multi_process.py: {ends}; the same command resumes from the newest intact checkpoint"
         )
 
 
 def end(code: int) -> str:
-    return f"ended with code {code}" if code >= 0 else f"was ended by {signal.Signals(-code).name}"
+    if code >= 0:
+        return f"exited with code {code}"
+    return f"was killed by {signal.Signals(-code).name}"
 
 
 def load(data: str, seed: int) -> tuple[Rows, Rows, Rows, Rows]:
-    """Inputs and targets to train on, then to test on."""
+    """Training inputs and targets, then test inputs and targets."""
     if data == "airfoil":
         return simplenet.airfoil(seed)
     return *simplenet.random_samples(seed), *simplenet.random_samples(seed + 1)
 
 
 def train(args: argparse.Namespace, x: Rows, y: Rows) -> tuple[SimpleNet, int]:
-    """The model, and how many steps it has made: fewer than asked for if a SIGTERM came."""
+    """The model and its number of steps, fewer than requested if a SIGTERM came."""
     me, processes = jax.process_index(), jax.process_count()
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
     replicated = NamedSharding(mesh, PartitionSpec())
@@ -134,16 +136,16 @@ def train(args: argparse.Namespace, x: Rows, y: Rows) -> tuple[SimpleNet, int]:
         state = jax.tree.map(to_devices, found.state)
         if me == 0 and found.run != run:
             counts = f"{found.run['devices']} devices before, {run['devices']} now"
-            print(f"{counts}: the result may differ in its last bits", flush=True)
+            print(f"{counts}: the result may differ by rounding", flush=True)
 
-    # Not in the background: if the disk is full for one process there, the others wait for it.
+    # Not in the background: there, if the disk is full for one process, the others wait for it.
     options = ocp.CheckpointManagerOptions(
         save_interval_steps=args.every,
         max_to_keep=3,
         cleanup_tmp_directories=True,
         enable_async_checkpointing=False,
     )
-    # Not in a with statement: left by an exception, it would wait for processes that are gone.
+    # Not in a with statement: on an exception it would wait for processes that are gone.
     manager = ocp.CheckpointManager(args.checkpoint, options=options)
     devices = f"{jax.local_device_count()} of {jax.device_count()} devices"
     print(f"process {me} of {processes}: {devices}, from step {step}", flush=True)
@@ -154,11 +156,11 @@ def train(args: argparse.Namespace, x: Rows, y: Rows) -> tuple[SimpleNet, int]:
 
     with tqdm(initial=step, total=args.steps, unit="step", disable=me > 0) as bar:
         while step < args.steps and not manager.reached_preemption(step):
-            # A batch depends on its step alone, so that a run resumed sees what it would have.
+            # A batch depends on its step alone, so a resumed run sees the same batches.
             rng = np.random.default_rng((args.seed, step))
             rows = np.split(rng.choice(len(x), args.batch, replace=False), processes)[me]
             parts = (jax.make_array_from_process_local_data(by_row, a[rows]) for a in (x, y))
-            # Steps under way at once can hang a machine of few cores.
+            # Overlapping steps can deadlock on a machine with few cores.
             state = jax.block_until_ready(train_step(state, *parts))
             step += 1
             save()
@@ -170,8 +172,8 @@ def train(args: argparse.Namespace, x: Rows, y: Rows) -> tuple[SimpleNet, int]:
 
 
 def work(args: argparse.Namespace) -> None:
-    """One process of them all."""
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # what Orbax logs, it raises, too
+    """Runs one of the processes."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax also raises what it logs
     x, y, x_test, y_test = load(args.data, args.seed)
     if args.coordinator:
         where = f"at {args.coordinator}, for up to 5 minutes"
@@ -183,7 +185,7 @@ def work(args: argparse.Namespace) -> None:
             args.process,
             cluster_detection_method="deactivate" if args.coordinator else None,
             heartbeat_timeout_seconds=PATIENCE,
-            shutdown_timeout_seconds=6 * PATIENCE,  # one that is slow to end is not dead
+            shutdown_timeout_seconds=6 * PATIENCE,  # a process that is slow to end is not dead
         )
     except ValueError as error:
         raise recovery.RunError(f"no cluster: {error} Try --processes 2") from None
@@ -215,20 +217,20 @@ def work(args: argparse.Namespace) -> None:
 
 
 def explain(me: int, folder: str) -> None:
-    """Says why the run ends, while the error is handled, and where it will go on."""
+    """Prints why the run ends, from the error being handled, and where it will resume."""
     trace = traceback.format_exc()
     if any(os.strerror(code) in trace for code in (errno.ENOSPC, errno.EDQUOT)):
-        reason = f"the disk is full, nothing more can be saved in {folder}; once there is room"
+        reason = f"the disk is full, nothing more can be saved in {folder}; once there is space,"
     else:
         print(trace, file=sys.stderr)
-        reason = "cannot go on, maybe as another process is gone;"
+        reason = "cannot continue, perhaps because another process is gone;"
     step = max(ocp.utils.checkpoint_steps(folder), default=0)
-    message = f"process {me}: {reason} the same command goes on from step {step}"
+    message = f"process {me}: {reason} the same command resumes from step {step}"
     print(message, file=sys.stderr, flush=True)
 
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Ends the program, naming the flag, if one makes no sense."""
+    """Ends the program if a flag is invalid, and names it."""
     if any(n is not None and n < 1 for n in (args.processes, args.steps, args.every, args.batch)):
         parser.error("--processes, --steps, --every and --batch must be at least 1")
     if not 0 <= args.seed < 2**32:
@@ -241,13 +243,13 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("--coordinator and --process need each other, and --processes")
     if not 0 <= args.process < args.processes:
         parser.error(
-            f"--process must be from 0 to {args.processes - 1}, as there are "
-            f"{args.processes} --processes, but is {args.process}"
+            f"--process must be from 0 to {args.processes - 1} with --processes "
+            f"{args.processes}, but is {args.process}"
         )
     host, _, port = args.coordinator.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         parser.error(
-            f"--coordinator must be HOST:PORT, as in 10.0.0.1:1234, but is {args.coordinator}"
+            f"--coordinator must be HOST:PORT, for example 10.0.0.1:1234, but is {args.coordinator}"
         )
 
 
@@ -255,14 +257,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--processes", type=int)
-    parser.add_argument("--coordinator", help="HOST:PORT at which process 0 can be reached")
-    parser.add_argument("--process", type=int, help="which of the processes this one is")
+    parser.add_argument("--processes", type=int, help="number of processes")
+    parser.add_argument("--coordinator", help="HOST:PORT of process 0")
+    parser.add_argument("--process", type=int, help="the index of this process")
     parser.add_argument("--data", choices=["random", "airfoil"], default="airfoil")
     parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--every", type=int, default=50, help="steps from checkpoint to checkpoint")
+    parser.add_argument("--every", type=int, default=50, help="steps between checkpoints")
     parser.add_argument(
-        "--batch", type=int, help="rows, of all devices together; default 128, or all if less"
+        "--batch", type=int, help="rows, on all devices together; default 128, or all if fewer"
     )
     parser.add_argument("--learning-rate", type=float, default=0.002)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,10 +1,10 @@
-"""Public data sets for the examples: downloaded once, checked, and kept.
+"""Public data sets for the examples: downloaded once, verified, and kept.
 
-    python examples/real_data.py    # fetches every file and prints where it lies
+    python examples/real_data.py    # fetches every file and prints its path
 
-A file is kept in ~/.cache/rmsprop_jax (under XDG_CACHE_HOME, if that is set). If RMSPROP_JAX_DATA
-names a folder, files are taken from there instead and nothing is downloaded. Either way a file
-is handed out only if its sha256 is the one in the table below.
+Files are kept in ~/.cache/rmsprop_jax (or under XDG_CACHE_HOME, if that is set). If
+RMSPROP_JAX_DATA names a folder, files are read from there instead and nothing is downloaded. Either
+way, a file is used only if its sha256 is the one in the table below.
 """
 
 import contextlib
@@ -29,11 +29,11 @@ from tqdm import tqdm
 
 
 class DataSet(NamedTuple):
-    """A file: where it lies within a folder of data, its public home, and its checksum.
+    """A file: its path within a folder of data, its public URL, and its checksum.
 
-    With `members`, a pattern, the file is a tar.gz of which only files whose names match are used,
-    and the sha256 is of the lines that `sha256sum` prints for these, sorted by name. So it is the
-    same in whatever archive they come.
+    With `members`, a pattern, the file is a tar.gz of which only the files with matching names are
+    used. The sha256 is then that of the lines that `sha256sum` prints for them, sorted by name, so
+    it does not depend on the archive that they come in.
     """
 
     file: str
@@ -78,7 +78,7 @@ DATA_SETS = {
     "spoken_digits": DataSet(
         "fsdd/fsdd_0-14.tar.gz",
         "https://github.com/Jakobovski/free-spoken-digit-dataset/archive/refs/tags/v1.0.10.tar.gz",
-        # The release has 50 recordings of each; those of index 0 to 14 are checked and used:
+        # The release has 50 recordings of each digit by each speaker; indices 0 to 14 are used:
         # cd recordings; sha256sum *_[0-9].wav *_1[0-4].wav | LC_ALL=C sort -k2 | sha256sum
         "d35bba486dc0c69a10f0b875db20887b4e6fc54a5ae9e14d2fbca576779e1b4a",
         members=r"\d_[a-z]+_(?:\d|1[0-4])\.wav",
@@ -89,14 +89,14 @@ TIMEOUT = 30  # seconds without a byte after which a download has failed
 
 
 class DataError(RuntimeError):
-    """A data set cannot be had; the message says why, and what to do."""
+    """A data set is not available; the message says why, and what to do."""
 
 
 def airfoil() -> NDArray[np.float32]:
     """NASA's airfoil self-noise measurements, 1503 rows of six columns.
 
     Frequency (Hz), angle of attack (degrees), chord length (m), free-stream velocity (m/s),
-    displacement thickness (m); and what is to be predicted, the sound pressure level (dB).
+    displacement thickness (m); and the target, the sound pressure level (dB).
     """
     return np.loadtxt(path("airfoil"), dtype=np.float32, delimiter="\t")
 
@@ -113,19 +113,20 @@ class FashionMNIST(NamedTuple):
 def fashion_mnist() -> FashionMNIST:
     """Zalando's pictures of clothes: 60,000 to train on and 10,000 to test on, in ten classes.
 
-    T-shirt, trouser, pullover, dress, coat, sandal, shirt, sneaker, bag and ankle boot are 0 to 9.
+    Labels 0 to 9 are T-shirt, trouser, pullover, dress, coat, sandal, shirt, sneaker, bag and ankle
+    boot.
     """
     parts = ("train_images", "train_labels", "test_images", "test_labels")
     return FashionMNIST(*(_idx(path(f"fashion_mnist_{part}")) for part in parts))
 
 
 def tiny_shakespeare() -> str:
-    """1,115,394 characters of Shakespeare's plays, 65 different ones, all of them ASCII."""
+    """1,115,394 ASCII characters of Shakespeare's plays, 65 of them different."""
     return path("tiny_shakespeare").read_text("ascii")
 
 
 class SpokenDigits(NamedTuple):
-    """Recordings at 8000 samples a second, int16 of unequal lengths, and their labels, uint8."""
+    """Recordings at 8000 samples per second, int16 of various lengths, and their labels, uint8."""
 
     recordings: list[NDArray[np.int16]]
     labels: NDArray[np.uint8]
@@ -136,8 +137,8 @@ class SpokenDigits(NamedTuple):
 def spoken_digits() -> SpokenDigits:
     """Digits spoken in English, 600 recordings to train on and 300 to test on, sorted by digit.
 
-    Of each digit each of six speakers has 15, named by digit, speaker and index; those of index
-    0 to 4 are to test on, as the Free Spoken Digit Dataset has it.
+    Each of six speakers has 15 of each digit, named by digit, speaker and index; those of index 0
+    to 4 are the test set, as the Free Spoken Digit Dataset defines it.
     """
     recordings: tuple[list[NDArray[np.int16]], list[NDArray[np.int16]]] = [], []
     labels: tuple[list[int], list[int]] = [], []
@@ -154,7 +155,7 @@ def spoken_digits() -> SpokenDigits:
 
 
 def _idx(file: Path) -> NDArray[np.uint8]:
-    """The array of bytes in a gzipped IDX file: after its rank come its sizes, 4 bytes each."""
+    """The array of bytes in a gzipped IDX file: after the rank come the sizes, 4 bytes each."""
     content = gzip.decompress(file.read_bytes())
     rank = content[3]
     shape = np.frombuffer(content, ">i4", count=rank, offset=4)
@@ -162,9 +163,9 @@ def _idx(file: Path) -> NDArray[np.uint8]:
 
 
 def path(name: str) -> Path:
-    """The checked file of a data set, downloaded if need be; raises DataError if there is none."""
+    """The verified file of a data set, downloaded if needed; raises DataError if there is none."""
     if name not in DATA_SETS:
-        raise DataError(f"there is no data set {name!r}; there are: {', '.join(DATA_SETS)}")
+        raise DataError(f"there is no data set {name!r}; choose from {', '.join(DATA_SETS)}")
     data_set = DATA_SETS[name]
     folder = os.environ.get("RMSPROP_JAX_DATA")
     if folder:
@@ -181,15 +182,15 @@ def path(name: str) -> Path:
     if file.is_file():
         if (found := _sha256(file, data_set.members)) == data_set.sha256:
             return file
-        print(f"{name}: {file} {_mismatch(found, data_set)}; downloading it anew", file=sys.stderr)
+        print(f"{name}: {file} {_mismatch(found, data_set)}; downloading it again", file=sys.stderr)
     _download(name, data_set, file)
     return file
 
 
 def _download(name: str, data_set: DataSet, file: Path) -> None:
-    """Puts the file in its place whole and checked, or not at all."""
+    """Stores the complete, verified file, or nothing."""
     advice = (
-        "try again later, or set RMSPROP_JAX_DATA to a folder that holds "
+        "try again later, or set RMSPROP_JAX_DATA to a folder that contains "
         f"{data_set.file} with sha256 {_expected(data_set)}"
     )
     part = file.with_name(f"{file.name}.{os.getpid()}.part")
@@ -203,7 +204,7 @@ def _download(name: str, data_set: DataSet, file: Path) -> None:
         if (received := part.stat().st_size) < size:
             raise OSError(f"interrupted after {received} of {size} bytes")
         if (found := _sha256(part, data_set.members)) != data_set.sha256:
-            raise OSError(f"what came {_mismatch(found, data_set)}")
+            raise OSError(f"the download {_mismatch(found, data_set)}")
         part.replace(file)
     except (OSError, ValueError, http.client.HTTPException) as error:
         if isinstance(error, HTTPError):
@@ -212,12 +213,12 @@ def _download(name: str, data_set: DataSet, file: Path) -> None:
             f"{name}: cannot download {data_set.url} to {file}: {error}; {advice}"
         ) from error
     finally:
-        with contextlib.suppress(OSError):  # gone already, or never begun
+        with contextlib.suppress(OSError):  # already moved, or never written
             part.unlink()
 
 
 def _members(file: Path, pattern: str) -> dict[str, bytes]:
-    """The files in a tar.gz whose names match, by name; nothing is unpacked to disk."""
+    """The files in a tar.gz with matching names, by name; nothing is unpacked to disk."""
     members = {}
     with tarfile.open(file, "r:gz") as tar:
         for member in tar:
@@ -232,7 +233,7 @@ def _sha256(file: Path, members: str) -> str:
         try:
             found = sorted(_members(file, members).items())
         except (tarfile.TarError, zlib.error, gzip.BadGzipFile, EOFError):
-            return "of no whole tar.gz"
+            return "none (not a complete tar.gz)"
         lines = (f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in found)
         return hashlib.sha256("".join(lines).encode()).hexdigest()
     with file.open("rb") as stream:

@@ -1,12 +1,12 @@
-"""A run begun in PyTorch goes on in JAX: the network of simplenet.py under torch.optim.RMSprop.
+"""A PyTorch run resumes in JAX: the network of simplenet.py, trained with torch.optim.RMSprop.
 
     pip install torch==2.13.0
     python examples/resume_from_pytorch.py
     python examples/resume_from_pytorch.py --learning-rate 1e-3 --momentum 0.9 --centered
 
-PyTorch trains on 100 random samples, as a full batch, and saves a checkpoint on the way. From that
-file Flax NNX takes over the weights and the state of the optimizer. Prints the losses of both,
-draws them, and ends with the largest difference.
+PyTorch trains on 100 random samples, as a full batch, and saves a checkpoint on the way. Flax NNX
+imports the parameters and the optimizer's state from that file and continues the run. Prints the
+losses of both, draws them, and ends with the largest difference.
 """
 
 import argparse
@@ -28,16 +28,16 @@ from drawing import picture
 from rmsprop_jax import convert, dialects
 
 Rows = NDArray[np.float32]
-Checkpoint = Mapping[str, Any]  # {"model": its state_dict, "optimizer": its state_dict}
+Checkpoint = Mapping[str, Any]  # {"model": state_dict, "optimizer": state_dict}
 
-# Where PyTorch has each of our parameters.
+# The PyTorch name and layout of each of our parameters.
 MAPPING = convert.torch_dense("fc1", "fc1") | convert.torch_dense("fc2", "fc2")
 
 
 def train_in_pytorch(
     x: Rows, y: Rows, epochs: int, switch: int, file: Path, seed: int, **options: Any
 ) -> list[float]:
-    """The loss of each epoch. After `switch` of them the file is written; the run goes on."""
+    """Trains, saves a checkpoint after `switch` epochs, and returns the loss of each epoch."""
     import torch
 
     torch.manual_seed(seed)
@@ -59,7 +59,7 @@ def train_in_pytorch(
 
 
 def load(file: Path) -> Checkpoint:
-    """Tensors and numbers of a file; no code in it is run."""
+    """The tensors and numbers of a file, without running code from it."""
     import torch
 
     checkpoint: Checkpoint = torch.load(file, map_location="cpu", weights_only=True)
@@ -67,7 +67,7 @@ def load(file: Path) -> Checkpoint:
 
 
 class SimpleNet(nnx.Module):
-    """One hidden layer of 50."""
+    """One hidden layer of 50 units."""
 
     def __init__(self, inputs: int, rngs: nnx.Rngs) -> None:
         self.fc1 = nnx.Linear(inputs, 50, rngs=rngs)
@@ -79,7 +79,7 @@ class SimpleNet(nnx.Module):
 
 
 def resume(checkpoint: Checkpoint, inputs: int) -> tuple[SimpleNet, nnx.Optimizer]:
-    """Model and optimizer as PyTorch left them."""
+    """The model and optimizer as PyTorch saved them."""
     model = SimpleNet(inputs, nnx.Rngs(0))
     weights, saved = checkpoint["model"], checkpoint["optimizer"]
     params = convert.params_from(weights, nnx.state(model, nnx.Param), MAPPING)
@@ -87,7 +87,7 @@ def resume(checkpoint: Checkpoint, inputs: int) -> tuple[SimpleNet, nnx.Optimize
 
     tx = dialects.pytorch(**convert.pytorch_options(saved["param_groups"][0]))
     state = convert.from_pytorch(saved, params, MAPPING, tx, names=list(weights))
-    # An Optimizer starts from what init returns.
+    # An Optimizer starts with the state that init returns.
     return model, nnx.Optimizer(model, tx._replace(init=lambda _: state), wrt=nnx.Param)
 
 
@@ -97,7 +97,7 @@ def mse(model: SimpleNet, x: ArrayLike, y: ArrayLike) -> jax.Array:
 
 @nnx.jit(donate_argnames=("model", "optimizer"))
 def train_step(model: SimpleNet, optimizer: nnx.Optimizer, x: ArrayLike, y: ArrayLike) -> jax.Array:
-    """Moves the model one step, and returns the loss that it had before."""
+    """Makes one step, and returns the loss before it."""
     loss, grads = nnx.value_and_grad(mse)(model, x, y)
     optimizer.update(model, grads)
     return loss
@@ -122,7 +122,7 @@ def draw(theirs: Sequence[float], ours: Sequence[float], out: Path) -> None:
 
 
 def print_table(theirs: Sequence[float], ours: Sequence[float]) -> None:
-    """Some twenty epochs, those before the switch without a loss of ours."""
+    """Prints about twenty epochs; our losses begin after the switch."""
     print("epoch    PyTorch  resumed in JAX")
     every = -(-len(theirs) // 20)
     switch = len(theirs) - len(ours)
@@ -132,7 +132,7 @@ def print_table(theirs: Sequence[float], ours: Sequence[float]) -> None:
 
 
 class Result(NamedTuple):
-    """The losses: PyTorch's of all epochs, and ours of those after the switch."""
+    """PyTorch's losses of all epochs, and ours of those after the switch."""
 
     theirs: list[float]
     ours: list[float]
@@ -157,8 +157,8 @@ def main(argv: Sequence[str] | None = None) -> Result:
         parser.error("--switch must be at least 1 and less than --epochs")
     if importlib.util.find_spec("torch") is None:
         raise SystemExit(
-            "resume_from_pytorch.py: PyTorch is needed: pip install torch==2.13.0, "
-            "or pip install '.[compare]', which has it and other frameworks"
+            "resume_from_pytorch.py: needs PyTorch: pip install torch==2.13.0, "
+            "or pip install '.[compare]' for PyTorch and other frameworks"
         )
 
     rng = np.random.default_rng(args.seed)

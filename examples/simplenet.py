@@ -1,12 +1,12 @@
-"""A small network trained by RMSProp, in Flax NNX: Linear(50), ReLU, Linear(1), squared error.
+"""A small network trained with RMSProp in Flax NNX: Linear(50), ReLU, Linear(1), squared error.
 
     python examples/simplenet.py                   # 100 random samples, as a full batch
     python examples/simplenet.py --data airfoil    # 1503 measurements of wing noise, in batches
 
-Prints the loss of each epoch, as `Epoch [1/10], Loss: 1.3661`, and ends with the fall of the loss
-or, on real data, with the loss on the rows held out. Draws the losses; on real data also those on
-the rows held out, beside that of a linear model. The whole step (loss, gradients, update) is one
-compiled function, which reuses the memory of what it replaces.
+Prints the loss of each epoch, as `Epoch [1/10], Loss: 1.3661`. Ends with the first and last loss
+or, on real data, with the loss on held-out rows. Draws the losses; on real data, also the losses on
+held-out rows and that of a linear model. The whole step (loss, gradients, update) is one compiled
+function, which reuses the memory of the arrays that it replaces.
 """
 
 import argparse
@@ -30,7 +30,7 @@ Rows = NDArray[np.float32]
 
 
 class SimpleNet(nnx.Module):
-    """One hidden layer of 50."""
+    """One hidden layer of 50 units."""
 
     def __init__(self, inputs: int, rngs: nnx.Rngs) -> None:
         self.fc1 = nnx.Linear(inputs, 50, rngs=rngs)
@@ -47,7 +47,7 @@ def mse(model: SimpleNet, x: ArrayLike, y: ArrayLike) -> jax.Array:
 
 @nnx.jit(donate_argnames=("model", "optimizer"))
 def train_step(model: SimpleNet, optimizer: nnx.Optimizer, x: ArrayLike, y: ArrayLike) -> jax.Array:
-    """Moves the model one step, and returns the loss that it had before."""
+    """Makes one step, and returns the loss before it."""
     loss, grads = nnx.value_and_grad(mse)(model, x, y)
     optimizer.update(model, grads)
     return loss
@@ -63,10 +63,10 @@ def train(
     seed: int,
     held_out: tuple[Rows, Rows] | None = None,
 ) -> tuple[list[float], list[float]]:
-    """The mean loss of each epoch, and the loss after it on the rows held out, if there are any."""
+    """The mean loss of each epoch, and the loss after it on held-out rows, if there are any."""
     rng = np.random.default_rng(seed)
     losses, test_losses = [], []
-    # A full batch is over before a bar is drawn.
+    # A full batch is done before a bar could be drawn.
     for epoch in tqdm(range(epochs), unit="epoch", disable=batch == len(x)):
         steps = [train_step(model, optimizer, *rows) for rows in batches(x, y, batch, rng)]
         losses.append(float(np.mean(steps)))
@@ -77,7 +77,7 @@ def train(
 
 
 def batches(x: Rows, y: Rows, size: int, rng: np.random.Generator) -> Iterator[tuple[Rows, Rows]]:
-    """The rows in random order; those that fill no batch sit out, as another shape recompiles."""
+    """The rows in random order; an incomplete batch is dropped, as its shape would recompile."""
     order = rng.permutation(len(x))[: len(x) // size * size]
     for rows in order.reshape(-1, size):
         yield x[rows], y[rows]
@@ -92,7 +92,7 @@ def random_samples(seed: int) -> tuple[Rows, Rows]:
 
 
 def airfoil(seed: int) -> tuple[Rows, Rows, Rows, Rows]:
-    """Inputs and targets to train on, then to test on, in units of the former's deviations."""
+    """Training inputs and targets, then test ones; the training rows standardize all of them."""
     rows = np.random.default_rng(seed).permutation(real_data.airfoil())
     train, test = np.split(rows, [len(rows) * 4 // 5])
     mean, deviation = train.mean(axis=0), train.std(axis=0)
@@ -101,20 +101,20 @@ def airfoil(seed: int) -> tuple[Rows, Rows, Rows, Rows]:
 
 
 def linear_loss(x: Rows, y: Rows, x_test: Rows, y_test: Rows) -> float:
-    """What the best straight line through the training rows, whose means are 0, leaves."""
+    """The test loss of the best linear model of the training rows, whose means are 0."""
     slopes = np.linalg.lstsq(x, y, rcond=None)[0]
     return float(np.mean((x_test @ slopes - y_test) ** 2))
 
 
 class Result(NamedTuple):
-    """What main measured of each epoch; there are test losses on real data only."""
+    """The losses of each epoch; there are test losses on real data only."""
 
     losses: list[float]
     test_losses: list[float]
 
 
 def draw(result: Result, line: float | None, out: Path) -> None:
-    """With the test loss of a straight line, if there is one."""
+    """Draws the losses, and the test loss of a linear model, if there is one."""
     with picture(out, height=4) as figure:
         axes = figure.subplots()
         epochs = range(1, len(result.losses) + 1)
@@ -138,11 +138,11 @@ def main(argv: Sequence[str] | None = None) -> Result:
     )
     parser.add_argument("--data", choices=["random", "airfoil"], default="random")
     parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--batch", type=int, help="default: all random samples, 16 airfoil rows")
+    parser.add_argument("--batch", type=int, help="default: all random samples, or 16 airfoil rows")
     parser.add_argument("--learning-rate", type=float, default=0.01)
     parser.add_argument("--decay", type=float, default=0.9)
     parser.add_argument("--eps", type=float, default=1e-8)
-    parser.add_argument("--eps-in-sqrt", action="store_true", help="default: outside, as PyTorch")
+    parser.add_argument("--eps-in-sqrt", action="store_true", help="default: outside, like PyTorch")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/simplenet.png"))
     args = parser.parse_args(argv)
@@ -169,8 +169,8 @@ def main(argv: Sequence[str] | None = None) -> Result:
         print(f"Loss {losses[0]:.4f} -> {losses[-1]:.4f}, curve in {args.out}")
     else:
         print(
-            f"Test loss {result.test_losses[-1]:.4f} on {len(held_out[0])} rows held out, "
-            f"{line:.4f} by a straight line, curves in {args.out}"
+            f"Test loss {result.test_losses[-1]:.4f} on {len(held_out[0])} held-out rows, "
+            f"{line:.4f} for a linear model, curves in {args.out}"
         )
     return result
 

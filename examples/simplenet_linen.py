@@ -2,7 +2,7 @@
 
     python examples/simplenet_linen.py
 
-Prints the loss of each epoch, as `Epoch [1/10], Loss: 1.5012`, and ends with its fall.
+Prints the loss of each epoch, as `Epoch [1/10], Loss: 1.5012`, and ends with the first and last.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from rmsprop_jax import rmsprop
 
 
 class SimpleNet(nn.Module):
-    """One hidden layer of 50."""
+    """One hidden layer of 50 units."""
 
     @nn.compact
     def __call__(self, x: ArrayLike) -> jax.Array:
@@ -40,14 +40,14 @@ def train_step(state: TrainState, x: ArrayLike, y: ArrayLike) -> tuple[TrainStat
 
 
 def create(params: dict, learning_rate: float) -> TrainState:
-    """A fresh TrainState, which counts its steps in an array: of an int jit would trace twice."""
+    """A new TrainState that counts steps in an array, since jit would trace twice with an int."""
     tx = rmsprop(learning_rate, 0.9, 1e-8, eps_in_sqrt=False)
     state = TrainState.create(apply_fn=SimpleNet().apply, params=params, tx=tx)
     return state.replace(step=jnp.zeros([], jnp.int32))
 
 
 def train(state: TrainState, x: ArrayLike, y: ArrayLike, epochs: int) -> list[float]:
-    """The loss of each epoch, of one full batch each."""
+    """The loss of each epoch, which is one full batch."""
     losses = []
     for epoch in range(epochs):
         state, loss = train_step(state, x, y)

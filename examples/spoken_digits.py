@@ -1,19 +1,20 @@
-"""Speech: a small network tells ten spoken digits apart, from 600 recordings of six speakers.
+"""Speech: a small network recognizes ten spoken digits, from 600 recordings of six speakers.
 
     python examples/spoken_digits.py              # three networks from three seeds
     python examples/spoken_digits.py --seeds 1    # one
 
-A recording becomes a picture in JAX: the power of its spectrum in windows of 32 ms, one every
-16 ms, gathered into 32 bands that are equally wide in mel, a scale of pitch as it is heard; its
-logarithm, in units of the deviations over the training recordings. Three convolutions along time
-read it, in Flax NNX. RMSProp has momentum, and a learning rate that falls to zero along a cosine.
+JAX turns each recording into a log-mel spectrogram: the power spectrum in windows of 32 ms, one
+every 16 ms, summed into 32 bands of equal width in mel, a scale of perceived pitch; then the
+logarithm, standardized over the training recordings. Three convolutions along time read it, in Flax
+NNX. RMSProp has momentum, and a learning rate that falls to zero along a cosine.
 
-Prints the accuracy of each network on 300 other recordings, by the same speakers, and the mean of
-these. Draws the pictures of ten digits, the training losses, and the accuracies after each epoch.
+Prints the accuracy of each network on 300 other recordings by the same speakers, and the mean of
+these. Draws the spectrograms of ten digits, the training losses, and the test errors after each
+epoch.
 
 The data: Jackson, Souza, Flaks, Pan, Nicolas and Thite, "Free Spoken Digit Dataset", version
-1.0.10, CC BY-SA 4.0, https://github.com/Jakobovski/free-spoken-digit-dataset; used are the first
-15 recordings of each digit by each speaker.
+1.0.10, CC BY-SA 4.0, https://github.com/Jakobovski/free-spoken-digit-dataset; the first 15
+recordings of each digit by each speaker are used.
 """
 
 import argparse
@@ -35,7 +36,7 @@ from rmsprop_jax import rmsprop
 
 Array = NDArray[np.float32]
 
-RATE = 8000  # samples a second
+RATE = 8000  # samples per second
 LENGTH = 8192  # samples; 99% of the recordings are shorter
 WINDOW, HOP = 256, 128  # samples
 BANDS = 32
@@ -43,9 +44,9 @@ TICKS = (1, 2, 5, 10, 20, 50, 100)  # %
 
 
 def mel_filters() -> Array:
-    """Triangles over the frequencies of a spectrum, (frequencies, bands), that rise from 0 to 1.
+    """Triangular filters with peaks of 1 over a spectrum's frequencies, (frequencies, bands).
 
-    Each begins, peaks and ends where its neighbours peak: at mel that are equally far apart.
+    Each starts and ends where its neighbours peak; the peaks are equally spaced in mel.
     """
     top = 2595 * np.log10(1 + RATE / 2 / 700)
     corners = 700 * (10 ** (np.linspace(0, top, BANDS + 2) / 2595) - 1)
@@ -65,7 +66,7 @@ def log_mel(samples: jax.Array) -> jax.Array:
 
 
 def pad(recordings: Sequence[NDArray[np.int16]]) -> Array:
-    """All of LENGTH: cut, or with silence after the end."""
+    """The recordings at the same LENGTH: cut, or padded with silence."""
     padded = np.zeros((len(recordings), LENGTH), np.float32)
     for row, samples in zip(padded, recordings, strict=True):
         row[: len(samples)] = samples[:LENGTH] / 32768
@@ -73,7 +74,7 @@ def pad(recordings: Sequence[NDArray[np.int16]]) -> Array:
 
 
 class Pictures(NamedTuple):
-    """Log-mel pictures (n, windows, BANDS) and labels (n,), to train on and to test on."""
+    """Log-mel spectrograms (n, windows, BANDS) and labels (n,), to train on and to test on."""
 
     x: jax.Array
     y: jax.Array
@@ -90,7 +91,7 @@ def data() -> Pictures:
 
 
 class Net(nnx.Module):
-    """Three convolutions along time, and what each channel has at most and on average."""
+    """Three convolutions along time, then the maximum and the mean of each channel."""
 
     def __init__(self, rngs: nnx.Rngs) -> None:
         self.conv1 = nnx.Conv(BANDS, 64, 5, rngs=rngs)
@@ -111,7 +112,7 @@ def cross_entropy(net: Net, x: jax.Array, y: jax.Array) -> jax.Array:
 
 @nnx.jit(donate_argnames=("net", "optimizer"))
 def train_step(net: Net, optimizer: nnx.Optimizer, x: jax.Array, y: jax.Array) -> jax.Array:
-    """Moves the network one step, and returns the loss that it had before."""
+    """Makes one step, and returns the loss before it."""
     loss, grads = nnx.value_and_grad(cross_entropy)(net, x, y)
     optimizer.update(net, grads)
     return loss
@@ -132,7 +133,7 @@ class Run(NamedTuple):
 def train(
     tx: optax.GradientTransformation, pictures: Pictures, epochs: int, batch: int, seed: int
 ) -> Run:
-    """Each epoch has its order of the recordings; those that fill no batch sit out."""
+    """Trains a network; recordings are shuffled for each epoch, an incomplete batch is dropped."""
     net = Net(nnx.Rngs(seed))
     optimizer = nnx.Optimizer(net, tx, wrt=nnx.Param)
     rng = np.random.default_rng(seed)
@@ -187,10 +188,10 @@ def main(argv: Sequence[str] | None = None) -> list[Run]:
     )
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--learning-rate", type=float, default=3e-4, help="at first")
+    parser.add_argument("--learning-rate", type=float, default=3e-4, help="initial one")
     parser.add_argument("--decay", type=float, default=0.99)
     parser.add_argument("--momentum", type=float, default=0.9)
-    parser.add_argument("--seeds", type=int, default=3, help="how many networks")
+    parser.add_argument("--seeds", type=int, default=3, help="number of networks")
     parser.add_argument("--out", type=Path, default=Path("out/spoken_digits.png"))
     args = parser.parse_args(argv)
 

@@ -1,23 +1,23 @@
-"""Where RMSProp goes in two dimensions, beside Adagrad, momentum and Adam; and a rotation.
+"""The paths of RMSProp, Adagrad, momentum and Adam in two dimensions, and the effect of a rotation.
 
     python examples/trajectory_2d.py
 
 Descends f(x) = 0.1 x₁² + 2 x₂² from (-5, -2), an ellipse 20 times as steep across as along, then
-the same function with its axes turned by 45 degrees and shrunk, 0.1 (x₁ + x₂)² + 2 (x₁ - x₂)²,
-from the point that corresponds. RMSProp has the learning rate of --learning-rate. Each of the
-others has, on each function, the one of 0.4 · 2^k, k from -6 to 5, whose last loss is lowest; for
-RMSProp that is the default of 0.4, too, on both. Momentum is 0.5, as 20 steps are too few for 0.9.
-Prints the last losses and RMSProp's last point, and draws the paths over contours, of which each
-is twice as high as the one inside it. With --steps 100 RMSProp is the last on both functions: its
-steps do not shrink with the gradient, so they go on over the minimum unless the rate falls.
+the same function with its axes rotated by 45 degrees and shrunk, 0.1 (x₁ + x₂)² + 2 (x₁ - x₂)²,
+from the corresponding point. RMSProp uses --learning-rate. Each of the others uses, on each
+function, the rate 0.4 · 2^k, k from -6 to 5, with the lowest last loss; for RMSProp that would be
+the default of 0.4 on both functions. Momentum is 0.5, because 20 steps are too few for 0.9. Prints
+the last losses and RMSProp's last point, and draws the paths over contours; each contour is twice
+as high as the one inside it. With --steps 100 RMSProp is last on both functions: its steps do not
+shrink with the gradient, so it keeps crossing the minimum unless the rate falls.
 
-RMSProp divides each coordinate of the gradient by a number of its own, which is to scale the
-coordinates. Along the axes of the ellipse a scaling can make a circle of it: the condition number
-of the Hessian, 20, could fall to 1. After the rotation both coordinates are equally steep, and no
-scaling of them brings it below 20; what remains is close to gradient descent with a changing rate.
-Momentum does not see the rotation: with half the rate, as the axes have shrunk, it goes the same
-way. The condition numbers are printed as they are and with the best scaling, which for two
-coordinates is the one that makes the diagonal of the Hessian constant.
+RMSProp divides each coordinate of the gradient by its own number, in order to scale the
+coordinates. Along the axes of the ellipse, scaling can turn it into a circle: the condition number
+of the Hessian could fall from 20 to 1. After the rotation both coordinates are equally steep, and
+no scaling brings the condition number below 20; what remains is close to gradient descent with a
+changing rate. Momentum is unaffected by the rotation: with half the rate, because the axes have
+shrunk, it takes the same path. The condition numbers are printed as they are and with the best
+scaling, which for two coordinates is the one that makes the diagonal of the Hessian constant.
 
 Sources: Hinton, Srivastava and Swersky, "Neural networks for machine learning", lecture 6e, 2012
 (the rule); Zhang, Lipton, Li and Smola, "Dive into deep learning", section RMSProp (the function,
@@ -45,7 +45,7 @@ Rule = Callable[[jax.Array], optax.GradientTransformation]  # of a learning rate
 
 RATES = np.array([0.4 * 2.0**k for k in range(-6, 6)])
 OTHERS: dict[str, Rule] = {
-    # The rule of the textbooks: Optax's accumulator starts at 0.1 unless told.
+    # The textbook rule: by default Optax's accumulator starts at 0.1.
     "Adagrad": lambda rate: optax.adagrad(rate, initial_accumulator_value=0, eps=1e-6),
     "momentum 0.5": lambda rate: optax.sgd(rate, momentum=0.5),
     "Adam": optax.adam,
@@ -67,7 +67,7 @@ def rotated(x: jax.Array) -> jax.Array:
 
 
 def paths(rule: Rule, loss: Loss, start: Sequence[float], rates: Points, steps: int) -> Points:
-    """The points from the start on, of shape (rates, steps + 1, 2)."""
+    """The points, including the start, of shape (rates, steps + 1, 2)."""
     first = jnp.array(start, float)
 
     def path(rate: jax.Array) -> jax.Array:
@@ -86,7 +86,7 @@ def paths(rule: Rule, loss: Loss, start: Sequence[float], rates: Points, steps: 
 
 
 class Run(NamedTuple):
-    """The points from the start on, and the loss at the last."""
+    """The learning rate, the points, including the start, and the loss at the last one."""
 
     rate: float
     path: Points
@@ -94,7 +94,7 @@ class Run(NamedTuple):
 
 
 class Descent(NamedTuple):
-    """The runs on one function, and the condition numbers of its Hessian, the latter at best."""
+    """The runs on one function, and its Hessian's condition number, as is and with best scaling."""
 
     runs: dict[str, Run]
     condition: float
@@ -116,7 +116,7 @@ def descend(loss: Loss, start: Sequence[float], ours: Rule, rate: float, steps: 
 
 
 class Result(NamedTuple):
-    """What became of the function along the axes, and of the one turned."""
+    """The descents on the function along the axes, and on the rotated one."""
 
     straight: Descent
     rotated: Descent
@@ -155,7 +155,7 @@ def print_table(result: Result, steps: int) -> None:
     conditions = (descent.condition for descent in result)
     print(f"{'condition number':18}" + "  ".join(f"{number:18.1f}" for number in conditions))
     conditions = (descent.scaled_condition for descent in result)
-    print(f"{'  scaled at best':18}" + "  ".join(f"{number:18.1f}" for number in conditions))
+    print(f"{'  best scaling':18}" + "  ".join(f"{number:18.1f}" for number in conditions))
 
 
 def main(argv: Sequence[str] | None = None) -> Result:
@@ -169,12 +169,12 @@ def main(argv: Sequence[str] | None = None) -> Result:
     parser.add_argument("--out", type=Path, default=Path("out/trajectory_2d.png"))
     args = parser.parse_args(argv)
     if args.steps < 1 or not 0 < args.learning_rate < np.inf:
-        parser.error("--steps must be at least 1, --learning-rate above 0 and finite")
+        parser.error("--steps must be at least 1, --learning-rate positive and finite")
 
     def ours(rate: jax.Array) -> optax.GradientTransformation:
         return rmsprop(rate, args.decay, args.eps)
 
-    with jax.enable_x64(True):  # so that small losses are those of the rules
+    with jax.enable_x64(True):  # so that rounding does not affect small losses
         result = Result(
             descend(straight, (-5, -2), ours, args.learning_rate, args.steps),
             descend(rotated, (-3.5, -1.5), ours, args.learning_rate, args.steps),

@@ -55,6 +55,6 @@ class Gallery(SphinxDirective):
             if one.picture:
                 lines += [f":img-top: ../examples/{one.picture}", f":img-alt: {one.shows}"]
             lines += ["", one.shows.rstrip(".") + ".", "", ":::{card-footer}"]
-            lines += [f"[What came of it](#{github_slugify(one.heading)}) ·"]
+            lines += [f"[Results](#{github_slugify(one.heading)}) ·"]
             lines += [f"[`{one.script}`](../examples/{one.script})", ":::", "::::", ""]
         return self.parse_text_to_nodes("\n".join([*lines, ":::::"]))

@@ -38,8 +38,8 @@ def diagnostics(
     Always:
 
     - ``effective_lr/p5``, ``p25``, ``median``, ``p75``, ``p95``: percentiles of the effective
-      learning rate |learning_rate| / sqrt(s + eps), which multiplies the next gradient, or
-      |learning_rate| / (sqrt(s) + eps) with ``eps_in_sqrt=False``. s is the second moment in the
+      learning rate ``|learning_rate| / sqrt(s + eps)``, which multiplies the next gradient, or
+      ``|learning_rate| / (sqrt(s) + eps)`` with ``eps_in_sqrt=False``. s is the second moment in the
       state, the variance if centered, with its bias corrected if the rule does so. A percentile is
       one of the rates, the smallest that so many percent do not exceed. Rates that are not finite
       are left out.
@@ -47,10 +47,10 @@ def diagnostics(
       There the rule is gradient descent with a rate of almost learning_rate / sqrt(eps).
     - ``at_guard/root``: share of elements whose root is held at the least that is allowed, so that
       neither s nor eps decides.
-    - ``at_guard/second_moment``: share of second moments at half of what one clipped gradient adds,
-      or more; in 8 bits, at the highest code or the lowest that is not 0.
-    - ``at_guard/momentum``: share of the momentum buffer at half of its bound or more; in 8 bits, at
-      the highest code. Only with momentum.
+    - ``at_guard/second_moment``: share of second moments at half of what one clipped gradient
+      adds, or more; in 8 bits, at the highest code or the lowest that is not 0.
+    - ``at_guard/momentum``: share of the momentum buffer at half of its bound or more; in 8 bits,
+      at the highest code. Only with momentum.
     - ``not_finite/state``: share of elements of nu, mu and trace that are infinite or NaN.
     - ``state/bytes``: bytes of all arrays in the state.
 
@@ -68,14 +68,14 @@ def diagnostics(
 
     - ``update/norm``, ``update/relative_norm``: norm of the update that ``tx.update`` would return,
       and that norm divided by the norm of the parameters.
-    - ``update/lost_in_bfloat16``: share of the updates other than 0 that would leave their parameter
-      unchanged, if it were rounded to bfloat16 before and after. Float32 parameters, too.
+    - ``update/lost_in_bfloat16``: share of the updates other than 0 that would leave their
+      parameter unchanged, if it were rounded to bfloat16 before and after. Float32 parameters, too.
     - ``at_guard/update``: share of updates at the largest number of their dtype.
 
-    Shares are between 0 and 1. All leaves count together, and so do several RMSProps in tx; a complex
-    element counts as two. The effective learning rate does not contain what other links of a chain
-    do to a gradient, nor momentum, which makes steps up to 1 / (1 - momentum) times as long; the
-    update contains both. Between the steps of ``optax.MultiSteps`` the update is 0.
+    Shares are between 0 and 1. All leaves count together, and so do several RMSProps in tx; a
+    complex element counts as two. The effective learning rate contains neither what other links of
+    a chain do to a gradient, nor momentum, which makes steps up to 1 / (1 - momentum) times as
+    long; the update contains both. Between the steps of ``optax.MultiSteps`` the update is 0.
 
     The percentiles cost about 40 passes over the second moments; params and grads add a step, which
     ``jit`` shares with the step beside it. Nothing is sorted or gathered. Log every hundredth step,

@@ -99,7 +99,7 @@ def test_zero1_eagerly():
     params, grads = jax.device_put((PARAMS, GRADS), NamedSharding(mesh, P()))
     got = tell({"plain": tx}, params, grads)
     assert_told(got["plain"], on_one_device()["plain"], [BYTES])
-    with pytest.raises(ValueError, match="params must be given: arrays of the state may be filled"):
+    with pytest.raises(ValueError, match="params must be given: arrays of the state may be padded"):
         diagnostics(tx, tx.init(params))
 
 

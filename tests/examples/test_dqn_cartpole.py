@@ -264,7 +264,8 @@ def test_main_prints_what_it_returns(small, tmp_path, capsys):
         want = [str(agent), "never", f"{max(returns):.1f}", f"{returns[-1]:.1f}"]
         assert lines[3 + agent].split() == want
     final = np.mean([returns[-1] for returns in result.returns])
-    assert lines[-1] == f"After 240 steps {final:.1f}, 0 of 2 agents solved, curves in {out}"
+    end = f"After 240 steps: mean return {final:.1f}, 0 of 2 agents solved, curves in {out}"
+    assert lines[-1] == end
 
 
 def test_solved_is_from_475_on(capsys):

@@ -239,8 +239,8 @@ def test_main_prints_what_it_returns(text, tmp_path, capsys):
     assert result.last[ROWS] < result.losses[DENSE][0]
 
     sentence = " ".join(apart)
-    assert f"After 6 steps the tables of dense and rows are at most {result.apart:.1e}" in sentence
-    assert f"number is {result.largest:.2f}." in sentence
+    assert f"6 steps the tables of dense and rows differ by at most {result.apart:.1e};" in sentence
+    assert f"element is {result.largest:.2f}." in sentence
     assert 0 <= result.apart < 1e-4 < result.largest
     assert list(result.nearest) == ["king", "thou", "love"]
     for line, (word, others) in zip(near[1:], result.nearest.items(), strict=True):

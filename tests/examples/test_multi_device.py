@@ -107,7 +107,8 @@ def test_main_prints_what_it_measured(tmp_path, capsys):
         sizes = [f"{result.param_bytes:,}", f"{result.state_bytes:,}"]
         assert line.split() == [way, *sizes, *figures, f"{result.accuracy:.2%}"]
     assert all(result.losses[-1] < result.losses[0] for result in results.values())
-    last = f"Losses at most {np.abs(away).max():.1e} from those of one device, picture in {out}"
+    most = f"{np.abs(away).max():.1e}"
+    last = f"Losses differ from those of one device by at most {most}, picture in {out}"
     assert lines[6:] == ["", last]
     assert_picture(out)
     assert "9/9" in printed.err  # the progress bar

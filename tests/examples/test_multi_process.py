@@ -118,11 +118,11 @@ def test_kills_cost_nothing_but_the_steps_since_the_last_checkpoint(start, tmp_p
         os.kill(run.pid(victim), signal.SIGKILL)
         text, code = run.end(seconds=60)
         assert code == 1, text
-        assert f"process {victim} was ended by SIGKILL" in text
+        assert f"process {victim} was killed by SIGKILL" in text
         survivor = 1 - victim
-        assert re.search(rf"process {survivor} (ended with code 1|was ended by SIGABRT)", text)
+        assert re.search(rf"process {survivor} (exited with code 1|was killed by SIGABRT)", text)
         assert (
-            f"process {survivor}: cannot go on" in text
+            f"process {survivor}: cannot continue" in text
             or "the JAX distributed service detected fatal errors" in text
         )
         # What was saved last may have been on its way to the disk.
@@ -152,7 +152,7 @@ def test_a_run_that_is_asked_to_stop_saves_the_step_it_is_at(stop, start, tmp_pa
     assert code == 1
     steps = re.findall(r"process \d: stopped by SIGTERM, step (\d+) is saved", text)
     assert steps == [str(saved(tmp_path, "run"))] * 2, text
-    assert text.count("ended with code 143") == 2, text
+    assert text.count("exited with code 143") == 2, text
     assert "Traceback" not in text
 
 
@@ -162,7 +162,7 @@ def test_a_death_before_the_processes_have_met_ends_the_run(start):
     os.kill(run.pid(1), signal.SIGKILL)
     text, code = run.end()
     assert code == 1
-    assert "process 0 was ended by SIGTERM, process 1 was ended by SIGKILL" in text
+    assert "process 0 was killed by SIGTERM, process 1 was killed by SIGKILL" in text
 
 
 @pytest.mark.slow
@@ -186,7 +186,7 @@ def test_a_run_goes_on_from_the_newest_whole_checkpoint_to_the_same_bits(start, 
     text = run.log.read_text()
     for step, why in ((30, "ValueError: OUT_OF_RANGE"), (20, "FileNotFoundError: ")):
         path = tmp_path / f"damaged/{step}"
-        assert re.search(rf"{path} is damaged \({why}.*\), and now {path}.damaged\n", text), text
+        assert re.search(rf"{path} is damaged \({why}.*\); renamed to {path}.damaged\n", text), text
     names = {path.name for path in (tmp_path / "damaged").iterdir()}
     assert names == {"20", "30", "40", "20.damaged", "30.damaged", "lock"}  # 3 are kept
 
@@ -208,7 +208,7 @@ def test_a_full_disk_loses_nothing_that_was_saved(start, small_disk):
     text, code = start("disk/run").end()
     assert code == 1, text
     step = saved(small_disk, "run")
-    message = rf"process \d: the disk is full, .*/disk/run; once .* goes on from step {step}\n"
+    message = rf"process \d: the disk is full, .*/disk/run; once .* resumes from step {step}\n"
     assert re.search(message, text), text
     subprocess.run(["mount", "-o", "remount,size=16m", str(small_disk)], check=True)
     run = start("disk/run")
@@ -224,8 +224,8 @@ def test_a_second_run_in_a_folder_is_refused(start, tmp_path):
         fcntl.flock(lock, fcntl.LOCK_EX)
         text, code = start("run").end()
     assert code == 2, text
-    assert text.count(f"multi_process.py: another run is at work in {tmp_path}/run; ") == 2, text
-    assert "goes on" not in text
+    assert text.count(f"multi_process.py: another run is using {tmp_path}/run; ") == 2, text
+    assert "resumes" not in text
 
 
 def meet(tmp_path, *processes):
@@ -282,8 +282,8 @@ def test_processes_with_unequal_counts_of_devices_name_them(tmp_path):
         ("--process 0 --processes 2", "--coordinator and --process need each other"),
         ("--coordinator a:1 --processes 2", "--coordinator and --process need each other"),
         ("--coordinator a:1 --process 0", "need each other, and --processes"),
-        ("--coordinator a:1 --processes 2 --process 2", "--process must be from 0 to 1, "),
-        ("--coordinator a:1 --processes 2 --process -1", "--process must be from 0 to 1, "),
+        ("--coordinator a:1 --processes 2 --process 2", "--process must be from 0 to 1 with"),
+        ("--coordinator a:1 --processes 2 --process -1", "--process must be from 0 to 1 with"),
         ("--coordinator a --processes 2 --process 0", "--coordinator must be HOST:PORT, "),
         ("--coordinator :1 --processes 2 --process 0", "--coordinator must be HOST:PORT, "),
         ("--coordinator a:b --processes 2 --process 0", "--coordinator must be HOST:PORT, "),
@@ -345,14 +345,14 @@ def test_a_checkpoint_of_another_run_is_refused_but_not_for_its_devices(
     other = ["--seed", "7", "--batch", "96", "--learning-rate", "0.1"]
     message = (
         f"{tmp_path}/1 is of a run with --seed 0 --batch 48 --learning-rate 0.002, "
-        "not --seed 7 --batch 96 --learning-rate 0.1; give those or another folder"
+        "not --seed 7 --batch 96 --learning-rate 0.1; use those or another folder"
     )
     with pytest.raises(recovery.RunError, match=message):
         example.main([*flags, "2", *other])
     capsys.readouterr()
     example.main([*flags, "2"])
     note, *_ = capsys.readouterr().out.splitlines()
-    assert note == "3 devices before, 8 now: the result may differ in its last bits"
+    assert note == "3 devices before, 8 now: the result may differ by rounding"
 
 
 def test_random_data_have_a_default_batch_that_fits(alone, tmp_path, capsys):
@@ -382,5 +382,5 @@ def test_a_full_disk_is_named(alone, tmp_path, monkeypatch, capsys):
         example.main(["--data", "random", "--steps", "2", "--checkpoint", str(tmp_path)])
     error = capsys.readouterr().err
     assert f"the disk is full, nothing more can be saved in {tmp_path}; once there" in error
-    assert "the same command goes on from step 0" in error
+    assert "the same command resumes from step 0" in error
     assert "Traceback" not in error

@@ -77,7 +77,7 @@ def test_whatever_file_is_damaged_only_right_numbers_come_back(damage, saved, tm
         name = "data" if file.match("state/d/*") else str(file)
         steps[name] = step
         out, err = capsys.readouterr()
-        aside = f"{folder}/2 is damaged (" in out and f"), and now {folder}/2.damaged\n" in out
+        aside = f"{folder}/2 is damaged (" in out and f"); renamed to {folder}/2.damaged\n" in out
         assert aside == (folder / "2.damaged").exists() == (step == 1)
         assert "Traceback" not in err
     assert {steps[name] for name in ("data", "2/state/manifest.ocdbt", "2/about/metadata")} == {1}
@@ -108,7 +108,8 @@ def test_with_no_whole_checkpoint_a_run_begins_anew(folder, capsys):
     for step in (1, 2):
         shutil.rmtree(folder / f"{step}/state")
     assert recovery.newest_whole(str(folder), STATE, FLAGS) is None
-    assert f"{folder} has no whole checkpoint: from step 0\n" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"{folder} has no intact checkpoint: starting from step 0\n" in printed
     assert sorted(os.listdir(folder)) == ["1.damaged", "2.damaged"]
 
 
@@ -124,7 +125,7 @@ def test_what_another_process_cannot_read_is_not_whole(folder, monkeypatch, caps
     says = iter(["[2, 1]", "ValueError: torn", ""])
     monkeypatch.setattr(recovery, "gather", lambda text: [text, next(says)])
     assert restored(folder) == (1, 1)
-    assert "2 is damaged (ValueError: torn), and now" in capsys.readouterr().out
+    assert "2 is damaged (ValueError: torn); renamed to" in capsys.readouterr().out
 
 
 def test_another_folder_of_the_same_name_is_refused(folder, monkeypatch):
@@ -146,13 +147,13 @@ def test_flags_that_differ_are_named(monkeypatch):
     other = json.dumps(flags | {"learning_rate": 0.1})
     monkeypatch.setattr(recovery, "gather", lambda text: [text, text, other])
     message = "--learning-rate 0.5 in process 0, 0.1 in process 2"
-    with pytest.raises(recovery.RunError, match=f"there is {re.escape(message)}$"):
+    with pytest.raises(recovery.RunError, match=f"found {re.escape(message)}$"):
         recovery.check_same(flags)
 
 
 def test_a_folder_is_locked_for_as_long_as_a_run_is_at_work(tmp_path):
     folder = str(tmp_path / "new")
-    refused = pytest.raises(recovery.RunError, match=f"another run is at work in {folder}; ")
+    refused = pytest.raises(recovery.RunError, match=f"another run is using {folder}; ")
     for _ in range(2):
         with recovery.lock(folder), refused, recovery.lock(folder):
             pass
@@ -165,7 +166,7 @@ def test_a_bucket_has_no_lock():
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
-    message = "cannot write into --checkpoint .*file/folder: Not a directory"
+    message = "cannot write to --checkpoint .*file/folder: Not a directory"
     with (
         pytest.raises(recovery.RunError, match=message),
         recovery.lock(str(tmp_path / "file/folder")),

@@ -152,7 +152,7 @@ def test_main_on_airfoil(airfoil, tmp_path, capsys):
     assert test_loss < line
     assert_picture(out)
     printed = capsys.readouterr()
-    last = rf"Test loss {test_loss:.4f} on {airfoil} rows held out, {line:.4f} by a straight line"
+    last = rf"Test loss {test_loss:.4f} on {airfoil} held-out rows, {line:.4f} for a linear model"
     last += f", curves in {re.escape(str(out))}"
     assert_prints(printed.out, 8, losses, last)
     assert "8/8" in printed.err  # the progress bar

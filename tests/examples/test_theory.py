@@ -199,7 +199,7 @@ def test_the_table_of_losses(ran):
         cells = [cell for run in runs for cell in (f"{run.rate:g}", f"{run.loss:.2e}")]
         assert line.removeprefix(rule).split() == cells
     assert lines[6].split() == ["condition", "number", "20.0", "20.0"]
-    assert lines[7].split() == ["scaled", "at", "best", "1.0", "20.0"]
+    assert lines[7].split() == ["best", "scaling", "1.0", "20.0"]
 
 
 # extreme_decay

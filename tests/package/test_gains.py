@@ -96,7 +96,7 @@ def after_300_steps(tx):
     return float(x)
 
 
-@row("bfloat16 parameters: 300 steps of 0.001 from 1, of 0.691 in float32")
+@row("bfloat16 parameters: 300 steps of 0.001 from 1 (float32: 0.691)")
 def sixteen_bits():
     assert after_300_steps(low_memory.master_weights(rmsprop(1e-3))) == 0.69140625
     assert after_300_steps(rmsprop(1e-3)) == 0.9921875
@@ -262,7 +262,7 @@ def their_mixed_precision():
         guarded.update(g, guarded.init(half))
 
 
-@row("bfloat16 parameters: 300 steps of 0.001 from 1, of 0.691 in float32", THEIRS)
+@row("bfloat16 parameters: 300 steps of 0.001 from 1 (float32: 0.691)", THEIRS)
 def their_sixteen_bits():
     assert after_300_steps(optax.rmsprop(1e-3)) == 0.9921875
 
