@@ -39,10 +39,10 @@ def diagnostics(
 
     - ``effective_lr/p5``, ``p25``, ``median``, ``p75``, ``p95``: percentiles of the effective
       learning rate ``|learning_rate| / sqrt(s + eps)``, which multiplies the next gradient, or
-      ``|learning_rate| / (sqrt(s) + eps)`` with ``eps_in_sqrt=False``. s is the second moment in the
-      state, the variance if centered, with its bias corrected if the rule does so. A percentile is
-      one of the rates, the smallest that so many percent do not exceed. Rates that are not finite
-      are left out.
+      ``|learning_rate| / (sqrt(s) + eps)`` with ``eps_in_sqrt=False``. s is the second moment in
+      the state, the variance if centered, with its bias corrected if the rule does so. A percentile
+      is one of the rates, the smallest that so many percent do not exceed. Rates that are not
+      finite are left out.
     - ``below_eps``: share of elements with s < eps, or sqrt(s) < eps with ``eps_in_sqrt=False``.
       There the rule is gradient descent with a rate of almost learning_rate / sqrt(eps).
     - ``at_guard/root``: share of elements whose root is held at the least that is allowed, so that
