@@ -197,7 +197,7 @@ CASES = [
         0.5,
     ),
     Case(
-        "Another curve than TensorFlow 1",
+        "A different curve from TensorFlow 1",
         same,
         ("rmsprop, eps = 1e-10", lambda _: rmsprop(3e-3, eps=1e-10)),
         ("dialects.tensorflow_v1", lambda _: dialects.tensorflow_v1(3e-3)),
