@@ -23,6 +23,7 @@ extensions = [
     "docstrings",
     "gallery",
     "mathml",
+    "names",
     "repository_links",
     "signatures",
 ]

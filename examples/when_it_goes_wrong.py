@@ -13,7 +13,7 @@ and with it. Draws the losses, and beside them the number that tells the most.
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -116,6 +116,7 @@ class Case(NamedTuple):
     """What goes wrong, and the cure: each a label and, for the number of steps, a transformation.
 
     Of what diagnostics tells, show is printed at a step, this part of the way; its first is drawn.
+    Others are run for their losses alone.
     """
 
     name: str
@@ -124,6 +125,7 @@ class Case(NamedTuple):
     right: tuple[str, Callable[[int], optax.GradientTransformation]]
     show: tuple[str, ...]
     at: float
+    others: Mapping[str, Callable[[int], optax.GradientTransformation]] = {}
 
 
 def tensorflow_by_hand(rate: float) -> optax.GradientTransformation:
@@ -137,8 +139,9 @@ def tensorflow_by_hand(rate: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: jax.tree.map(jnp.ones_like, params), update)
 
 
-def centered(eps: float) -> optax.GradientTransformation:
-    return rmsprop(5e-3, decay=0.99, eps=eps, centered=True, momentum=0.9)
+def deviant(eps: float, warm_up: int = 0, centered: bool = True) -> optax.GradientTransformation:
+    rate = optax.linear_schedule(0, 5e-3, warm_up) if warm_up else 5e-3
+    return rmsprop(rate, decay=0.99, eps=eps, centered=centered, momentum=0.9)
 
 
 CASES = [
@@ -172,10 +175,15 @@ CASES = [
     Case(
         "Centered, with a small eps",
         deep,
-        ("eps = 1e-8", lambda _: centered(1e-8)),
-        ("eps = 1e-2", lambda _: centered(1e-2)),
+        ("eps = 1e-8", lambda _: deviant(1e-8)),
+        ("eps = 1e-2, warm-up", lambda n: deviant(1e-2, n // 10)),
         ("effective_lr/p95", MEDIAN, RELATIVE, "below_eps"),
         0.5,
+        {
+            "not centered, eps = 1e-8": lambda _: deviant(1e-8, centered=False),
+            "eps = 1e-2": lambda _: deviant(1e-2),
+            "eps = 1e-8, warm-up": lambda n: deviant(1e-8, n // 10),
+        },
     ),
     Case(
         "eps larger than the second moments",
@@ -239,10 +247,11 @@ def train(tx: optax.GradientTransformation, given: Setup, show: Sequence[str]) -
 
 
 class Result(NamedTuple):
-    """The run that goes wrong, the one that is put right, and the other framework's losses."""
+    """The run that goes wrong, the one with the cure, others, and another framework's losses."""
 
     wrong: Run
     right: Run
+    others: dict[str, Run]
     other: NDArray[np.float64] | None
 
 
@@ -262,10 +271,11 @@ def apart(run: Run, other: NDArray[np.float64]) -> float:
 
 def print_tables(results: dict[str, Result]) -> None:
     for case in CASES:
-        wrong, right, other = results[case.name]
+        wrong, right, others, other = results[case.name]
         at = step_of(case, len(wrong.losses))
         print(f"{case.name}, at step {at + 1}")
-        print(f"{'':26}{case.wrong[0]:>28}{case.right[0]:>28}")
+        width = 40 if case.others else 26
+        print(f"{'':{width}}{case.wrong[0]:>{54 - width}}{case.right[0]:>28}")
         rows = [
             ("highest loss", float(np.max(wrong.losses)), float(np.max(right.losses))),
             ("loss at the end", late(wrong), late(right)),
@@ -273,8 +283,12 @@ def print_tables(results: dict[str, Result]) -> None:
         if other is not None:
             rows.append(("losses apart, at most", apart(wrong, other), apart(right, other)))
         rows += [(n, float(wrong.told[n][at]), float(right.told[n][at])) for n in case.show]
+        rows += [
+            (f"{label}: highest, end", float(np.max(run.losses)), late(run))
+            for label, run in others.items()
+        ]
         for name, before, after in rows:
-            print(f"{name:26}{before:28.3g}{after:28.3g}")
+            print(f"{name:{width}}{before:{54 - width}.3g}{after:28.3g}")
         print()
 
 
@@ -326,7 +340,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Result]:
         parser.error("--seed must not be negative")
 
     results, plain = {}, setup(args.steps, args.seed)
-    with tqdm(total=2 * len(CASES), unit="run") as bar:
+    total = sum(2 + len(case.others) for case in CASES)
+    with tqdm(total=total, unit="run") as bar:
         for case in CASES:
             bar.set_description(case.name)
             given, runs = case.change(plain), []
@@ -335,7 +350,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Result]:
                 bar.update()
             is_other = "TensorFlow" in case.name
             other = train(tensorflow_by_hand(3e-3), given, ()).losses if is_other else None
-            results[case.name] = Result(runs[0], runs[1], other)
+            others = {}
+            for label, make in case.others.items():
+                others[label] = train(make(args.steps), given, ())
+                bar.update()
+            results[case.name] = Result(runs[0], runs[1], others, other)
     draw(results, args.out)
     print_tables(results)
     print(f"Curves in {args.out}")

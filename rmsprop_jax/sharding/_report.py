@@ -88,7 +88,9 @@ def report(tx: optax.GradientTransformation, params: optax.Params, shardings: Py
       shardings: those of the parameters, or a prefix of that tree.
 
     Returns:
-      A :class:`Report`, whose ``str`` is a table.
+      A :class:`Report`, whose ``str`` is a table. Its column "equal shares" is what a device holds,
+      divided by an equal share of everything: 1 if all is split evenly, the number of devices if
+      nothing is split.
 
     Raises:
       ValueError, TypeError: as in :func:`state_sharding`.
@@ -147,8 +149,8 @@ def _reason(tx: optax.GradientTransformation, shape: Shape, sharding: NamedShard
     if n == 1 or any(division(shape, sizes, pad=wrapper is not None)):
         return f"has the sharding {sharding.spec}"
     if wrapper is None:
-        return f"has no axis that {n} devices divide"
-    return f"has no axis that {n} devices divide, and fewer than {WORTH_PADDING} numbers"
+        return f"has the sharding {sharding.spec}, and no axis that {n} devices divide"
+    return f"has no axis that {n} devices divide, and fewer than {WORTH_PADDING} elements"
 
 
 def _bytes(shape: Shape, dtype: np.dtype) -> int:

@@ -14,6 +14,7 @@ pytest.importorskip("myst_parser", reason="the extra `docs` is not installed")
 import docstrings
 import gallery
 import mathml
+import names
 import signatures
 
 
@@ -152,3 +153,19 @@ def test_equations_are_mathml_without_a_script():
     assert "<mfrac>" in block
     assert "<msqrt>" in block
     assert "&" not in block
+
+
+@pytest.mark.parametrize(
+    ("code", "name"),
+    [
+        ("rmsprop", "rmsprop"),
+        ('sharding.zero1(tx, mesh, "data")', "sharding.zero1"),
+        ("rmsprop_jax", None),
+        ("optax.rmsprop", None),
+        ("rows", None),
+        ("sharding.zero1 of", None),
+        ("...", None),
+    ],
+)
+def test_names_in_the_text_of_a_page(code, name):
+    assert names.name_in(code) == name

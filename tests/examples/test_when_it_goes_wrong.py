@@ -93,7 +93,7 @@ def test_main_prints_what_it_returns(tmp_path, monkeypatch, capsys):
                 np.testing.assert_allclose(rows[name][i], want, rtol=6e-3, err_msg=name)
             end = np.median(run.losses[-2:])
             np.testing.assert_allclose(rows["loss at the end"][i], end, rtol=6e-3)
-    bad, good, _ = results["NaN"]
+    bad, good, *_ = results["NaN"]
     assert np.isnan(bad.losses).tolist() == [False] * 8 + [True] * 32
     assert bad.told["not_finite/grads"][7:10].tolist() == [0, 1, 1]
     assert bad.told["not_finite/params"][7:10].tolist() == [0, 0, 1]

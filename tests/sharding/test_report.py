@@ -74,9 +74,9 @@ def test_what_is_whole_and_why():
         "scalar": 1.0,
     }
     reasons = {
-        "large": "has no axis that 12 devices divide",
+        "large": f"has the sharding {P()}, and no axis that 12 devices divide",
         "twelve": f"has the sharding {P()}",
-        "odd": "has no axis that 12 devices divide",
+        "odd": f"has the sharding {P()}, and no axis that 12 devices divide",
         "scalar": "is a scalar",
     }
     found = sharding.report(tx, params, everywhere).whole
@@ -86,7 +86,8 @@ def test_what_is_whole_and_why():
     assert found[0].shape == (4096, 4096)
     report = sharding.report(sharding.zero1(tx, mesh, "x"), params, everywhere)
     assert [one.name for one in report.whole] == ["odd", "scalar"]
-    assert report.whole[0].reason == f"{reasons['odd']}, and fewer than 128 numbers"
+    why = "has no axis that 12 devices divide, and fewer than 128 elements"
+    assert report.whole[0].reason == why
     assert f"{report.state:,}" in str(report)
     assert str(report).splitlines()[-1].endswith("is a scalar")
 
