@@ -35,6 +35,9 @@ def diagnostics(
 ) -> dict[str, jax.Array]:
     """Returns scalars to log that say what the optimizer is doing. Pure, and made for ``jit``.
 
+    Call it before ``tx.update``, with the gradients of that step: it says what the state will do to
+    them. Before the first step every second moment is 0 (or initial_scale).
+
     Always:
 
     - ``effective_lr/p5``, ``p25``, ``median``, ``p75``, ``p95``: percentiles of the effective
@@ -44,7 +47,8 @@ def diagnostics(
       is one of the rates, the smallest that so many percent do not exceed. Rates that are not
       finite are left out.
     - ``below_eps``: share of elements with s < eps, or sqrt(s) < eps with ``eps_in_sqrt=False``.
-      There the rule is gradient descent with a rate of almost learning_rate / sqrt(eps).
+      There the rule is gradient descent with a rate of almost learning_rate / sqrt(eps). Elements
+      whose gradients have been exactly 0 count, too.
     - ``at_guard/root``: share of elements whose root is held at the least that is allowed, so that
       neither s nor eps decides.
     - ``at_guard/second_moment``: share of second moments at half of what one clipped gradient
