@@ -180,9 +180,10 @@ CASES = [
         ("effective_lr/p95", MEDIAN, RELATIVE, "below_eps"),
         0.5,
         {
-            "not centered, eps = 1e-8": lambda _: deviant(1e-8, centered=False),
             "eps = 1e-2": lambda _: deviant(1e-2),
             "eps = 1e-8, warm-up": lambda n: deviant(1e-8, n // 10),
+            "not centered, eps = 1e-8": lambda _: deviant(1e-8, centered=False),
+            "not centered, eps = 1e-2, warm-up": lambda n: deviant(1e-2, n // 10, centered=False),
         },
     ),
     Case(
@@ -274,8 +275,7 @@ def print_tables(results: dict[str, Result]) -> None:
         wrong, right, others, other = results[case.name]
         at = step_of(case, len(wrong.losses))
         print(f"{case.name}, at step {at + 1}")
-        width = 40 if case.others else 26
-        print(f"{'':{width}}{case.wrong[0]:>{54 - width}}{case.right[0]:>28}")
+        print(f"{'':26}{case.wrong[0]:>28}{case.right[0]:>28}")
         rows = [
             ("highest loss", float(np.max(wrong.losses)), float(np.max(right.losses))),
             ("loss at the end", late(wrong), late(right)),
@@ -283,12 +283,12 @@ def print_tables(results: dict[str, Result]) -> None:
         if other is not None:
             rows.append(("losses apart, at most", apart(wrong, other), apart(right, other)))
         rows += [(n, float(wrong.told[n][at]), float(right.told[n][at])) for n in case.show]
-        rows += [
-            (f"{label}: highest, end", float(np.max(run.losses)), late(run))
-            for label, run in others.items()
-        ]
         for name, before, after in rows:
-            print(f"{name:{width}}{before:{54 - width}.3g}{after:28.3g}")
+            print(f"{name:26}{before:28.3g}{after:28.3g}")
+        if others:
+            print(f"{'other runs':40}{'highest loss':>14}{'loss at the end':>28}")
+        for name, run in others.items():
+            print(f"{name:40}{np.max(run.losses):14.3g}{late(run):28.3g}")
         print()
 
 

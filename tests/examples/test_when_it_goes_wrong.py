@@ -63,7 +63,8 @@ def blocks(text):
         title, _, rest = block.strip().partition(", at step ")
         if title.split("\n")[-1] in NAMES:
             step, _, *rows = rest.splitlines()
-            cells = [re.split(r"\s{2,}", row) for row in rows if not row.startswith("```")]
+            rows = [row for row in rows if not row.startswith(("```", "other runs"))]
+            cells = [re.split(r"\s{2,}", row) for row in rows]
             numbers = {name: [float(value) for value in values] for name, *values in cells}
             found[title.split("\n")[-1]] = int(step), numbers
     return found
