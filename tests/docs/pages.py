@@ -22,7 +22,8 @@ def in_navigation():
         folder = source.parent.relative_to(DOCS)
         for block in _TOCTREE.findall(source.read_text()):
             lines = [line for line in block.splitlines() if line and not line.startswith(":")]
-            found += [(folder / line).as_posix() for line in lines if line != "Start <self>"]
+            names = [re.sub(r".*<(.+)>", r"\1", line) for line in lines]
+            found += [(folder / name).as_posix() for name in names if name != "self"]
     return found
 
 
