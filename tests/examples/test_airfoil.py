@@ -21,7 +21,7 @@ from pictures import assert_picture
 EXAMPLES = {
     airfoil: [],
     adaptive_decay: ["--epochs", "1", "--batch", "60", "--seeds", "4"],
-    adagrad_vs_rmsprop: ["--epochs", "2", "--batch", "60", "--seeds", "2"],
+    adagrad_vs_rmsprop: ["--epochs", "2", "--batch", "20", "--seeds", "2"],
 }
 
 
