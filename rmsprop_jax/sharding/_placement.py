@@ -139,7 +139,7 @@ def filled(state: optax.OptState, shardings: PyTree) -> optax.OptState:
 
 
 def inside_auto(f: Callable[..., Any], args: tuple[Any, ...], shardings: PyTree) -> Any:
-    """Calls f where the axes of the mesh are Auto, and places its result.
+    """Calls f where the axes of an Explicit mesh are Auto, and places its result.
 
     With Auto axes, the shards of an array may differ in size, and operands may be split in
     different ways, which an Explicit mesh refuses. Outside jit, auto_axes is not available.
@@ -147,9 +147,6 @@ def inside_auto(f: Callable[..., Any], args: tuple[Any, ...], shardings: PyTree)
     leaves: list[Any]
     structure: Any
     leaves, structure = jax.tree.flatten(args)
-    explicit = any(AxisType.Explicit in one.mesh.axis_types for one in jax.tree.leaves(shardings))
-    if not explicit:
-        return f(*args)
     if not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
         try:
             return f(*args)

@@ -62,7 +62,7 @@ class Zero1(Partition):
         def init(params: optax.Params) -> optax.OptState:
             return filled(self.tx.init(placed(params, parts)), wanted)
 
-        return inside_auto(init, (params,), wanted)
+        return inside_auto(init, (params,), wanted) if self.explicit else init(params)
 
     def update(
         self,
@@ -96,11 +96,18 @@ class Zero1(Partition):
             return placed(updates, self.whole(updates)), state
 
         even, given = all_even(parts, like), (updates, state, params, extra_args)
+        if not self.explicit:
+            return update(*given)
         wanted = shardings_of_state(state, like, parts, others)
         if others is None:  # the others stay where they are
             own = jax.tree.map(lambda x: jax.typeof(x).sharding, state)
             wanted = jax.tree.map(lambda sharding, x: sharding or x, wanted, own, is_leaf=is_none)
         return inside_auto(update, given, (self.whole(updates), wanted))
+
+    @property
+    def explicit(self) -> bool:
+        """Whether the axes of the mesh are Explicit."""
+        return AxisType.Explicit in self.everywhere.mesh.axis_types
 
     def whole(self, params: optax.Params) -> PyTree:
         """The shardings of the parameters."""
