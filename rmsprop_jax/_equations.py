@@ -94,6 +94,11 @@ class Turn(NamedTuple):
     leaf: jax.Array
 
 
+def largest_gradient(real: jnp.dtype) -> float:
+    """The size at which gradients are clipped: even the difference of two can be squared."""
+    return float(jnp.finfo(real).max) ** 0.5 / 4
+
+
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def scalars(hyper: Hyper, variant: Variant, real: jnp.dtype) -> Scalars:
     """The scalars of a step whose arithmetic is in the dtype real, made once for all leaves.
@@ -172,8 +177,7 @@ def _step(
         return h + pull() if coupled else h
 
     def grad() -> jax.Array:
-        # A quarter of the root: even the difference of two such numbers can be squared.
-        return clip(unbounded(), largest**0.5 / 4)
+        return clip(unbounded(), largest_gradient(real))
 
     if not storage.draws:
         grad = functools.cache(grad)  # for a float32 state, computing it once is enough

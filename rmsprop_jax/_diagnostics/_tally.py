@@ -83,7 +83,7 @@ class Tally:
         """Adds a gradient that a step would clip before it is squared."""
         for part in reals(g):
             real = jnp.result_type(part, jnp.float32)
-            bound = real.type(float(jnp.finfo(real).max) ** 0.5 / 4)
+            bound = real.type(_equations.largest_gradient(real))
             self.share("at_guard/grads", abs(part.astype(real)) > bound, shape, axes)
 
     def update(self, u: jax.Array, x: jax.Array) -> None:
